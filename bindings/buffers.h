@@ -1,0 +1,48 @@
+// NumPy arrays to the pointers an op takes. Everything is checked here, with the interpreter lock held, before an op runs without it.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "freemerge/dtype.h"
+
+namespace py = pybind11;
+
+namespace freemerge {
+
+// float8 and bfloat16 are NumPy extension types (ml_dtypes) without a type code of their own: the name decides.
+inline DType dtype_of(const py::array& array) {
+  const auto name = py::cast<std::string>(array.dtype().attr("name"));
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float32") return DType::f32;
+  if (name == "float16") return DType::f16;
+  if (name == "float64") return DType::f64;
+  if (name == "float8_e4m3fn") return DType::f8_e4m3fn;
+  if (name == "float8_e5m2") return DType::f8_e5m2;
+  throw py::type_error("freemerge.kernels._cpu: no kernel for dtype " + name);
+}
+
+inline void require_contiguous(const py::array& array) {
+  if (!(array.flags() & py::array::c_style)) throw py::value_error("freemerge.kernels._cpu: arrays must be C-contiguous");
+}
+
+inline Source source_of(const py::array& array) {
+  require_contiguous(array);
+  return {array.data(), dtype_of(array)};
+}
+
+inline std::vector<Source> sources_of(const std::vector<py::array>& arrays) {
+  std::vector<Source> sources;
+  for (const auto& array : arrays) sources.push_back(source_of(array));
+  return sources;
+}
+
+inline Target target_of(py::array& array) {
+  require_contiguous(array);
+  return {array.mutable_data(), dtype_of(array)};  // mutable_data throws where the array is read-only
+}
+
+}  // namespace freemerge

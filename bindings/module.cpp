@@ -1,0 +1,18 @@
+#include <pybind11/pybind11.h>
+
+#include "freemerge/isa.h"
+#include "freemerge/threads.h"
+
+namespace py = pybind11;
+
+void bind_add_task_vectors(py::module_&);
+void bind_weighted_sum(py::module_&);
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The C++ versions of the ops of freemerge.kernels, under the names of the ops.";
+  m.def("isa", [] { return freemerge::isa_name(); });
+  m.def("threads", &freemerge::threads);
+  m.def("set_threads", &freemerge::set_threads);
+  bind_add_task_vectors(m);
+  bind_weighted_sum(m);
+}

@@ -1,0 +1,57 @@
+"""Everything freemerge raises on purpose.
+
+    FreemergeError                    exit code 1
+    |- InputError                     exit code 2: what was given cannot be merged; nothing was written
+    |  |- RecipeError                 the recipe says something that makes no sense
+    |  |- CheckpointError             a file is not what it claims to be
+    |  |- PlanError                   recipe and checkpoints do not fit together
+    |  |- ShapeError (ValueError)     arrays of an op do not fit together
+    |  |- UnavailableError            a device, package or version that is not here was asked for
+    |- OutputError                    the result could not be written; the old state is untouched
+    |- ChangedInputError              an input changed or vanished while it was read
+"""
+
+from collections.abc import Iterable
+
+
+class FreemergeError(Exception):
+    exit_code = 1
+
+
+class InputError(FreemergeError):
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    pass
+
+
+class CheckpointError(InputError):
+    pass
+
+
+class PlanError(InputError):
+    pass
+
+
+class ShapeError(InputError, ValueError):
+    pass
+
+
+class UnavailableError(InputError):
+    pass
+
+
+class OutputError(FreemergeError):
+    pass
+
+
+class ChangedInputError(FreemergeError):
+    pass
+
+
+def listed(problems: Iterable[str], remedy: str) -> str:
+    """The text of an error that names every problem at once, one to a line, and says what to do."""
+    problems = list(problems)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"{count}, nothing was written", *(f"  {problem}" for problem in problems), remedy])

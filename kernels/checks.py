@@ -1,0 +1,31 @@
+"""The checks at the front of every op, with one wording."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from freemerge.errors import ShapeError
+from freemerge.kernels.array import Array, is_float
+
+
+def check_float(name: str, array: Array) -> None:
+    if not is_float(array.dtype):
+        raise ShapeError(f"{name} is {array.dtype}, not a float type")
+    if not array.flags.c_contiguous:
+        raise ShapeError(f"{name} is not contiguous; pass numpy.ascontiguousarray({name})")
+
+
+def check_like(name: str, array: Array, **others: Array | Sequence[Array]) -> None:
+    """`array` is a contiguous float array and each of `others` (arrays, or sequences of arrays) is one of the same shape."""
+    check_float(name, array)
+    for other_name, value in others.items():
+        group = [(other_name, value)] if isinstance(value, np.ndarray) else [(f"{other_name}[{i}]", v) for i, v in enumerate(value)]
+        for label, other in group:
+            check_float(label, other)
+            if other.shape != array.shape:
+                raise ShapeError(f"{label} is {list(other.shape)}, {name} is {list(array.shape)}")
+
+
+def check_count(name: str, values: Sequence, expected: int, of: str) -> None:
+    if len(values) != expected:
+        raise ShapeError(f"{len(values)} {name} for {expected} {of}")

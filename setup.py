@@ -1,0 +1,75 @@
+"""Build: folder names to import names, and the C++ module freemerge.kernels._cpu. Everything else is in pyproject.toml."""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+# Each file of csrc/cpu is compiled once for each of these, into the C++ namespace of that name (csrc/include/freemerge/isa.h).
+# `portable` comes first: where two objects hold the same inline function, the linker keeps the first, which runs anywhere.
+X86_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+FLAGS = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
+
+# No silent fused multiply-add: the same recipe gives the same bytes with every instruction set. Code that wants one says so.
+COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+
+
+class BuildEachInstructionSet(build_ext):
+    def build_extension(self, extension):
+        kernels = sorted(glob("csrc/cpu/*.cpp"))
+        jobs = [(isa, flags, source) for isa, flags in FLAGS.items() for source in kernels]
+
+        def compile_one(job):
+            isa, flags, source = job
+            return self.compiler.compile(
+                [source],
+                output_dir=os.path.join(self.build_temp, isa),
+                macros=[("FREEMERGE_ISA", isa)],
+                include_dirs=["csrc/include"],
+                extra_postargs=["-std=c++17", "-fvisibility=hidden", *COMMON, *flags],
+                depends=extension.depends,
+            )[0]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            extension.extra_objects = list(pool.map(compile_one, jobs))
+        super().build_extension(extension)
+
+
+def packages():
+    roots = {"freemerge": "engine", "freemerge.kernels": "kernels", "freemerge.csrc": "csrc"}
+    found = []
+    for name, folder in roots.items():
+        found += [name, *(f"{name}.{package}" for package in find_packages(folder))]
+    return roots, found
+
+
+roots, found = packages()
+setup(
+    package_dir=roots,
+    packages=found,
+    package_data={
+        "freemerge": ["py.typed"],
+        "freemerge.kernels": ["*.pyi"],
+        "freemerge.csrc": ["**/*.h", "**/*.cu", "**/*.cpp"],
+    },
+    include_package_data=False,
+    ext_modules=[
+        Pybind11Extension(
+            "freemerge.kernels._cpu",
+            sorted(glob("bindings/*.cpp") + glob("csrc/runtime/*.cpp")),
+            include_dirs=["csrc/include", "bindings"],
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cpu/*.cpp") + glob("bindings/*.h")),
+            extra_compile_args=COMMON,
+            extra_link_args=["-pthread"],
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": BuildEachInstructionSet},
+)
