@@ -5,8 +5,9 @@ import platform
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.modified import newer_group
 
 # Each file of csrc/cpu is compiled once for each of these, into the C++ namespace of that name (csrc/include/freemerge/isa.h).
 # `portable` comes first: where two objects hold the same inline function, the linker keeps the first, which runs anywhere.
@@ -21,6 +22,9 @@ FLAGS = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable":
 COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 
 
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("bindings/*.h"))
+
+
 class BuildEachInstructionSet(build_ext):
     def build_extension(self, extension):
         kernels = sorted(glob("csrc/cpu/*.cpp"))
@@ -28,18 +32,27 @@ class BuildEachInstructionSet(build_ext):
 
         def compile_one(job):
             isa, flags, source = job
+            kept = os.path.join(self.build_temp, isa, source.removesuffix(".cpp") + ".o")
+            if not newer_group([source, *HEADERS], kept):
+                return kept
             return self.compiler.compile(
                 [source],
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[("FREEMERGE_ISA", isa)],
                 include_dirs=["csrc/include"],
                 extra_postargs=["-std=c++17", "-fvisibility=hidden", *COMMON, *flags],
-                depends=extension.depends,
             )[0]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             extension.extra_objects = list(pool.map(compile_one, jobs))
         super().build_extension(extension)
+
+
+def needs_recompile(object_file, source):
+    return newer_group([source, *HEADERS], object_file)
+
+
+ParallelCompile(default=0, needs_recompile=needs_recompile).install()
 
 
 def packages():
@@ -65,7 +78,7 @@ setup(
             "freemerge.kernels._cpu",
             sorted(glob("bindings/*.cpp") + glob("csrc/runtime/*.cpp")),
             include_dirs=["csrc/include", "bindings"],
-            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cpu/*.cpp") + glob("bindings/*.h")),
+            depends=sorted(HEADERS + glob("csrc/cpu/*.cpp")),
             extra_compile_args=COMMON,
             extra_link_args=["-pthread"],
             cxx_std=17,
