@@ -26,6 +26,22 @@ def check_like(name: str, array: Array, **others: Array | Sequence[Array]) -> No
                 raise ShapeError(f"{label} is {list(other.shape)}, {name} is {list(array.shape)}")
 
 
+def check_against(base: Array | None, experts: Sequence[Array]) -> None:
+    """`experts` are contiguous float arrays; where there is a base, of its shape."""
+    if base is not None:
+        check_like("base", base, experts=experts)
+        return
+    for t, expert in enumerate(experts):
+        check_float(f"experts[{t}]", expert)
+
+
+def check_pair(base: Array | None, expert: Array) -> None:
+    """`expert` is a contiguous float array; where there is a base, of its shape."""
+    check_float("expert", expert)
+    if base is not None:
+        check_like("base", base, expert=expert)
+
+
 def check_count(name: str, values: Sequence, expected: int, of: str) -> None:
     if len(values) != expected:
         raise ShapeError(f"{len(values)} {name} for {expected} {of}")
