@@ -1,0 +1,192 @@
+"""The merge methods, one module each: the registry, and the contract of a method module.
+
+A method module `engine/methods/<name>.py` is found by its name. It holds
+
+    \"\"\"First line: what it does, shown by `freemerge methods`.\"\"\"
+    SCOPE       "element" (any contiguous run of elements can be merged alone) or "tensor" (needs whole tensors)
+    SOURCE      paper and section of METHODS.md
+    USES_BASE   False for a method that never looks at the base (optional, True)
+    VARIANTS    name of a variant -> the parameters it presets (optional)
+    ALIASES     other names of parameters a recipe may use -> the parameter (optional; mergekit's `lambda`)
+
+    def merge_tensor(base, experts, *, name, <parameters>, out) -> None
+
+Parameters are keyword-only, annotated, with defaults, and explained in the `Args:` section of merge_tensor's docstring. Annotations:
+float, int, bool, str choices as Literal[...], `Patterns` (regular expressions searched in tensor names; see `matches`), `PerExpert` (one number
+for each expert: merge_tensor gets a tuple of T floats; a recipe may give one number for all), and `float | Literal[...]` or `... | None`.
+A parameter whose default is None is passed as None when the recipe does not give it; one for each expert is given for all experts or for none.
+`name` is the tensor's name. `base` and `experts` are contiguous float arrays of one shape, of any rank (0-d and zero-size included), `out` is like them.
+
+Optional hooks, all called with the method's parameters (`**params`, every parameter by its name):
+
+    plan_tensor(name, shape, *, experts, **params) -> TensorPlan      what merge_tensor will do with this tensor, for `--dry-run` and the memory limit
+    fit_expert(name, shape, expert_shape, **params) -> "crop" | "skip" | None
+                                                                 an expert's tensor of another shape than the base's: take [:H, :W] of it, leave this
+                                                                 expert out (merge_tensor gets None in its place), or None: it is an error
+
+A method that writes experts (WRITES_EXPERTS) also has the following, in the order they are called. `expert` arrays are in their storage dtype, `merged` is the
+backbone's tensor in the dtype it is stored in.
+
+    expert_scope(**params) -> "row" | "tensor" | "model"         what the selected entries compete with
+    expert_count(name, shape, **params) -> int                   entries one expert holds for this tensor (scope "model": at most); 0: it is not in the file
+    expert_rank(numel, **params) -> (first, last)                scope "model": of the magnitudes of all covered tensors, ranks first .. last - 1 are kept
+    extract_expert(base, merged, expert, *, name, within=None, **params) -> SparseRows
+                                                                 the entries, unscaled; `within` are the model-wide thresholds, scope "model" only
+    measure_tensor(base, merged, experts, rows, *, name, **params) -> list[dict]
+                                                                 sums, one JSON-able dict for each expert; rows[t] is None where expert_count is 0
+    expert_scale(statistics, **params) -> float                  mu, from one expert's dicts in the order of the tensors
+    tensor_scale(mu, name, shape, **params) -> float             what this tensor's entries are multiplied by when applied
+    expert_mode(**params) -> "add" | "replace"                   theta = merged + scale * value, or: theta = base + scale * value where value is not 0
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from freemerge.errors import RecipeError
+
+__all__ = ["Method", "Parameter", "Patterns", "PerExpert", "TensorPlan", "get", "matches", "names", "summaries"]
+
+PerExpert: TypeAlias = Annotated[float | tuple[float, ...], "one number for each expert"]
+Patterns: TypeAlias = Annotated[tuple[str, ...], "regular expressions searched in tensor names"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, read from the signature of its merge_tensor."""
+
+    name: str
+    default: Any
+    kind: Literal["number", "integer", "flag", "choice", "patterns", "number-or-choice"]
+    per_expert: bool
+    choices: tuple[str, ...]
+    help: str
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    summary: str
+    scope: Literal["element", "tensor"]
+    source: str
+    uses_base: bool
+    writes_experts: bool
+    variants: Mapping[str, Mapping[str, Any]]
+    aliases: Mapping[str, str]
+    parameters: Mapping[str, Parameter]
+    module: types.ModuleType
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What merge_tensor does with one tensor: `workspace` bytes beside its inputs and output, `cost` in nanoseconds of one core."""
+
+    action: Literal["merge", "copy"]
+    transform: str = ""
+    workspace: int = 0
+    cost: float = 0.0
+
+
+def names() -> list[str]:
+    """All methods, sorted. Imports none of them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def summaries() -> dict[str, str]:
+    """Name -> first docstring line of each method, read without importing any."""
+    folder = Path(__file__).parent
+    return {name: _first_line(ast.get_docstring(ast.parse((folder / f"{name}.py").read_text("utf-8")))) for name in names()}
+
+
+@cache
+def get(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        RecipeError: there is no such method; the message names the nearest.
+    """
+    known = names()
+    if name not in known:
+        raise RecipeError(f"unknown method {name!r}; {_nearest(name, known)}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Method(
+        name=name,
+        summary=_first_line(module.__doc__),
+        scope=module.SCOPE,
+        source=module.SOURCE,
+        uses_base=getattr(module, "USES_BASE", True),
+        writes_experts=getattr(module, "WRITES_EXPERTS", False),
+        variants=getattr(module, "VARIANTS", {}),
+        aliases=getattr(module, "ALIASES", {}),
+        parameters=_parameters(module.merge_tensor),
+        module=module,
+    )
+
+
+@cache
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(f"{pattern!r} is not a regular expression: {error}") from None
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the regular expressions is found anywhere in the tensor's name; False for no pattern."""
+    return bool(patterns) and _pattern(tuple(patterns)).search(name) is not None
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().split("\n", 1)[0]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+def _parameters(merge_tensor) -> dict[str, Parameter]:
+    annotations = typing.get_type_hints(merge_tensor, include_extras=True)
+    helps = _argument_helps(inspect.getdoc(merge_tensor) or "")
+    return {
+        p.name: _parameter(p.name, p.default, annotations[p.name], helps.get(p.name, ""))
+        for p in inspect.signature(merge_tensor).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "out")
+    }
+
+
+def _parameter(name: str, default: Any, annotation: Any, text: str) -> Parameter:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    plain = [a for a in typing.get_args(annotation) if a is not type(None)] if union else [annotation]
+    choices = tuple(choice for a in plain if typing.get_origin(a) is Literal for choice in typing.get_args(a))
+    if Patterns in plain:
+        kind = "patterns"
+    elif choices:
+        kind = "choice" if len(plain) == 1 else "number-or-choice"
+    else:
+        kind = {bool: "flag", int: "integer"}.get(plain[0], "number")
+    return Parameter(name, default, kind, PerExpert in plain, choices, text)
+
+
+def _argument_helps(docstring: str) -> dict[str, str]:
+    """Argument -> text of the Args section, continuation lines joined."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    helps: dict[str, str] = {}
+    for line in inspect.cleandoc(section[1]).splitlines() if section else []:
+        if match := re.match(r"(\w+): (.*)", line):
+            current, helps[match[1]] = match[1], match[2]
+        elif line.strip():
+            helps[current] += " " + line.strip()
+    return helps

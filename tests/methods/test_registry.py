@@ -1,0 +1,58 @@
+"""The registry: methods are found by file name, and their parameters are read from the signature of merge_tensor."""
+
+import subprocess
+import sys
+
+import pytest
+
+from freemerge import methods
+from freemerge.errors import RecipeError
+
+
+def test_every_method_says_what_it_is():
+    summaries = methods.summaries()
+    assert {"average", "linear", "task_arithmetic"} <= set(methods.names()) == set(summaries)
+    for name in methods.names():
+        method = methods.get(name)
+        assert method.summary == summaries[name] and method.summary.endswith(".")
+        assert method.scope in ("element", "tensor") and "METHODS.md" in method.source
+        for parameter in method.parameters.values():
+            assert parameter.help, f"{name}: {parameter.name} is not explained in the Args section"
+        for variant, presets in method.variants.items():
+            assert set(presets) <= set(method.parameters), variant
+        assert set(method.aliases.values()) <= set(method.parameters)
+
+
+def test_parameters_are_read_from_the_signature():
+    parameters = methods.get("task_arithmetic").parameters
+    assert list(parameters) == ["weight", "scaling", "normalize"]
+    weight, scaling, normalize = parameters.values()
+    assert (weight.kind, weight.per_expert, weight.default) == ("number", True, None)
+    assert (scaling.kind, scaling.per_expert, scaling.default) == ("number", False, None)
+    assert (normalize.kind, normalize.default) == ("flag", False)
+    assert methods.get("task_arithmetic").aliases == {"lambda": "scaling"}
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean task_arithmetic"):
+        methods.get("task_arithmetics")
+    with pytest.raises(RecipeError, match="there are average"):
+        methods.get("zzz")
+
+
+def test_names_and_summaries_import_no_method_and_no_numpy():
+    code = (
+        "import sys; from freemerge import methods; methods.names(); methods.summaries();"
+        "print([m for m in sys.modules if m in ('numpy', 'torch') or m.startswith('freemerge.methods.')])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_patterns_are_searched_anywhere_in_the_name():
+    assert methods.matches("model.layers.0.mlp.weight", ("attn", "mlp"))
+    assert methods.matches("model.layers.0.mlp.weight", (r"^model\..*weight$",))
+    assert not methods.matches("model.layers.0.mlp.weight", ("^layers",))
+    assert not methods.matches("model.layers.0.mlp.weight", ())
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        methods.matches("x", ("(",))
