@@ -6,6 +6,7 @@
 namespace py = pybind11;
 
 void bind_add_task_vectors(py::module_&);
+void bind_all_finite(py::module_&);
 void bind_weighted_sum(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
@@ -14,5 +15,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threads", &freemerge::threads);
   m.def("set_threads", &freemerge::set_threads);
   bind_add_task_vectors(m);
+  bind_all_finite(m);
   bind_weighted_sum(m);
 }
