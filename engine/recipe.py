@@ -1,0 +1,250 @@
+"""What the user asked for: mergekit's YAML, keywords or flags become one Recipe.
+
+The language is described in docs/recipe.md. Only here is it decided which model is the base and what an expert is called;
+what a method makes of the parameters is in settings.py.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import yaml
+
+from freemerge import methods
+from freemerge.errors import RecipeError, listed
+from freemerge.schema import Document, ModelEntry, nearest, parse
+
+_REMEDY = "docs/recipe.md describes every key."
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_GENERIC_FILES = {"model", "pytorch_model", "adapter_model", "consolidated"}
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    model: str  # folder, file or hub name
+    name: str  # unique in the recipe, fit for a file name
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge as the user described it; `settings.check_recipe` says whether its method agrees.
+
+    Values of `parameters` are as written: a scalar, a gradient (list of numbers), or a list of {filter, value};
+    `settings.settings` resolves them for a tensor.
+    """
+
+    method: str
+    base: str | None
+    experts: tuple[ExpertEntry, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    dtype: np.dtype | None = None  # as in mergekit, of the result unless out_dtype is given
+    out_dtype: np.dtype | None = None
+    tokenizer_source: str = "base"  # or one of the models
+    chat_template: str | None = None  # a Jinja text; None copies the tokenizer source's
+    _compiled: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # of settings.py
+
+    @classmethod
+    def from_flags(
+        cls,
+        method: str,
+        base: str | os.PathLike | None,
+        experts: Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike],
+        parameters: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> "Recipe":
+        """The recipe of a call or a command line.
+
+        Args:
+            experts: paths or hub names, or a mapping of expert names to them.
+            parameters: as in a recipe, and for a parameter each expert has its own of, also a mapping of expert names
+                to values, or a list with one number for each expert.
+            others: dtype, out_dtype, tokenizer_source, chat_template.
+
+        Raises:
+            RecipeError: with all problems found.
+        """
+        named = experts.items() if isinstance(experts, Mapping) else [(None, model) for model in experts]
+        models = [{"model": os.fspath(model), "name": name, "parameters": {}} for name, model in named]
+        shared, problems = _share_out(method, dict(parameters or {}), models)
+        if problems:
+            raise RecipeError(listed(problems, "Correct the parameters."))
+        content = {
+            "merge_method": method,
+            "base_model": None if base is None else os.fspath(base),
+            "models": models,
+            "parameters": shared,
+            **{key: value for key, value in others.items() if value is not None},
+        }
+        return load_recipe(content)
+
+    def to_yaml(self) -> str:
+        """The recipe in mergekit's YAML: equal recipes give equal text, and loading it gives this recipe again."""
+        content = {
+            "merge_method": self.method,
+            "base_model": self.base,
+            "models": [_drop_empty({"model": e.model, "name": e.name, "parameters": _sorted(e.parameters)}) for e in self.experts],
+            "parameters": _sorted(self.parameters),
+            "dtype": self.dtype and self.dtype.name,
+            "out_dtype": self.out_dtype and self.out_dtype.name,
+            "tokenizer_source": None if self.tokenizer_source == "base" else self.tokenizer_source,
+            "chat_template": self.chat_template,
+        }
+        return yaml.dump(_drop_empty(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
+    """Read a recipe from a file, from YAML text, or from a mapping of the same shape.
+
+    Raises:
+        RecipeError: it cannot be read, or it says something that makes no sense; all problems at once.
+    """
+    label, content = _content(source)
+    document, problems = parse(content)
+    recipe = _recipe(document, problems) if document else None
+    if problems:
+        raise RecipeError(f"{label}: {listed(problems, _REMEDY)}")
+    return recipe
+
+
+def _content(source) -> tuple[str, Any]:
+    if isinstance(source, Mapping):
+        return "recipe", dict(source)
+    text = os.fspath(source)
+    label = "recipe"
+    if isinstance(source, os.PathLike) or not ("\n" in text or re.search(r":(\s|$)", text)):
+        label = text
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{label}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        documents = list(yaml.load_all(text, Loader=_Loader))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{label}: not YAML: {error}") from error
+    if len(documents) > 1:
+        raise RecipeError(f"{label}: not yet: recipes of several documents come with a later release; run one after the other")
+    return label, documents[0] if documents else None
+
+
+def _recipe(document: Document, problems: list[str]) -> Recipe:
+    base = document.base_model
+    # mergekit's recipes list the base among the models; a method that does not look at it takes it as one model more
+    listed_base = base is not None and methods.get(document.merge_method).uses_base
+    entries = [e for e in document.models if not (listed_base and _same_model(e.model, base))]
+    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
+    if document.tokenizer and document.tokenizer_source:
+        problems.append("tokenizer_source and tokenizer: both are given; keep one")
+    return Recipe(
+        method=document.merge_method,
+        base=base,
+        experts=tuple(_named(entries, problems)),
+        parameters=document.parameters,
+        dtype=document.dtype,
+        out_dtype=document.out_dtype,
+        tokenizer_source="base" if source is None or (base and _same_model(source, base)) else source,
+        chat_template=document.chat_template,
+    )
+
+
+def _same_model(one: str, other: str) -> bool:
+    return os.path.normpath(one) == os.path.normpath(other)
+
+
+def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
+    # names become file names: they differ without regard to case, and names that were asked for go first
+    asked = [entry.name for entry in entries if entry.name is not None]
+    taken = set()
+    for name in asked:
+        if not _NAME.fullmatch(name):
+            problems.append(f"name {name!r}: letters, digits, '_', '-' and '.' only, not '.' first: it becomes a file's name")
+        if name.lower() in taken:
+            problems.append(f"name {name!r}: given to two experts")
+        taken.add(name.lower())
+    return [ExpertEntry(e.model, e.name or _new_name(e.model, taken), e.parameters) for e in entries]
+
+
+def _new_name(model: str, taken: set[str]) -> str:
+    path = PurePosixPath(model.replace(os.sep, "/").partition("@")[0])
+    if path.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
+        path = path.parent if path.stem in _GENERIC_FILES and path.parent.name else path.with_suffix("")
+    word = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name).lstrip(".-") or "expert"
+    name, number = word, 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{word}-{number}"
+    taken.add(name.lower())
+    return name
+
+
+def _share_out(method: str, parameters: dict, models: list[dict]) -> tuple[dict, list[str]]:
+    """Move values meant for single experts to their entries; answer what is left for all, and the problems."""
+    known = methods.get(method).parameters
+    shared, problems = {}, []
+    for key, value in parameters.items():
+        per_expert = key in known and known[key].per_expert
+        if isinstance(value, Mapping) and not {"value"} <= set(value):
+            problems += _by_name(key, value, models)
+        elif per_expert and isinstance(value, (list, tuple)) and not any(isinstance(item, Mapping) for item in value):
+            problems += _in_order(key, value, models)
+        else:
+            shared[key] = list(value) if isinstance(value, tuple) else value
+    return shared, problems
+
+
+def _by_name(key: str, values: Mapping, models: list[dict]) -> list[str]:
+    taken = {entry["name"].lower() for entry in models if entry["name"]}
+    for entry in models:
+        entry["name"] = entry["name"] or _new_name(entry["model"], taken)
+    entries = {entry["name"]: entry for entry in models}
+    for name, value in values.items():
+        if name in entries:
+            entries[name]["parameters"][key] = value
+    return [f"{key}: no expert is called {name!r}{nearest(name, entries)}" for name in values if name not in entries]
+
+
+def _in_order(key: str, values: Sequence, models: list[dict]) -> list[str]:
+    if len(values) != len(models):
+        return [f"{key}: {len(values)} numbers for {len(models)} experts; give one for all or one for each"]
+    for entry, value in zip(models, values, strict=True):
+        entry["parameters"][key] = value
+    return []
+
+
+def _drop_empty(content: dict) -> dict:
+    return {key: value for key, value in content.items() if value not in (None, {}, [])}
+
+
+def _sorted(parameters: dict) -> dict:
+    return dict(sorted(parameters.items()))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two surprises less: a key given twice is an error, and 1e-5 is a number."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data):
+        return True
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not any(isinstance(i, dict) for i in items))
+)

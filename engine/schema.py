@@ -1,0 +1,214 @@
+"""The shape of a recipe: mergekit's YAML, checked by pydantic, every problem at once.
+
+Only the shape: what a method makes of its parameters is checked in settings.py.
+"""
+
+import difflib
+import os
+from typing import Annotated, Any
+
+import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
+import numpy as np
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from freemerge import methods
+from freemerge.errors import FreemergeError, RecipeError
+from freemerge.kernels.array import FLOATS
+
+FILTERED = {"filter", "value"}
+_DTYPES = {dtype.name: dtype for dtype in FLOATS}
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_LATER = "not yet: {} with a later release; {}"
+
+
+def nearest(word: str, known) -> str:
+    """', did you mean ...?' where a known word is close to this one, and the whole list where there is none."""
+    close = difflib.get_close_matches(str(word), known := sorted(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else f"; there is {', '.join(known)}"
+
+
+def parse_dtype(name: Any) -> np.dtype:
+    """The NumPy dtype of a name as torch, mergekit or NumPy write it.
+
+    Raises:
+        RecipeError: not a float dtype a checkpoint is written in; names the nearest.
+    """
+    plain = str(name).removeprefix("torch.")
+    plain = _SHORT_DTYPES.get(plain, plain)
+    if plain not in _DTYPES:
+        raise RecipeError(f"{name} is no dtype to write{nearest(plain, _DTYPES)}")
+    return _DTYPES[plain]
+
+
+def _dtype(value: Any) -> np.dtype | None:
+    try:
+        return None if value is None else parse_dtype(value)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _method(name: str) -> str:
+    try:
+        return methods.get(name).name
+    except FreemergeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _refused(what: str, remedy: str):
+    def refuse(value: Any) -> None:
+        if value:
+            raise ValueError(_LATER.format(f"{what} come", remedy))
+
+    return BeforeValidator(refuse)
+
+
+def _tokenizer_source(value: Any) -> str:
+    if value == "union":
+        raise ValueError(_LATER.format("the union of vocabularies comes", "write 'base' or one of the models"))
+    return _model(value)
+
+
+def _chat_template(value: str | None) -> str | None:
+    if value is None or value == "auto":  # the tokenizer's own is copied
+        return None
+    if "{" not in value:
+        raise ValueError(_LATER.format("templates by name come", "give the Jinja text, or leave it out to copy the tokenizer's"))
+    return value
+
+
+def _model(value: Any) -> str:
+    if isinstance(value, dict):
+        value = _model_of_mapping(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a folder, a file or a hub name is expected")
+    if "+" in value and not os.path.exists(value):
+        raise ValueError(f"{value}: {_LATER.format('adapters (model+lora) come', 'merge the adapter into its model first')}")
+    return value
+
+
+def _model_of_mapping(value: dict) -> str:
+    # mergekit also writes a model as {model: {path: ..., revision: ...}}
+    if value.get("lora") or value.get("override_architecture"):
+        raise ValueError(_LATER.format("lora and override_architecture come", "merge whole models"))
+    place = value.get("model", value)
+    if isinstance(place, dict):
+        return f"{place['path']}@{place['revision']}" if place.get("revision") else place.get("path")
+    return place
+
+
+def _setting(value: Any) -> Any:
+    """A scalar, a gradient (list of scalars), or a list of {filter, value}: what evaluate() in settings.py understands."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return _scalar(value)
+    if not value:
+        raise ValueError("an empty list; give a value, a gradient or a list of {filter, value}")
+    if any(isinstance(item, dict) for item in value):
+        return [_filtered(item) for item in value]
+    return [_scalar(item) for item in value]
+
+
+def _filtered(item: Any) -> dict:
+    if not isinstance(item, dict) or "value" not in item:
+        raise ValueError(f"{item!r}: each item of a filtered list is {{filter: part of a tensor's name, value: ...}}")
+    if unknown := sorted(set(item) - FILTERED):
+        raise ValueError(f"{unknown[0]!r} in a filtered list{nearest(unknown[0], FILTERED)}")
+    if not isinstance(item.get("filter") or "*", str):
+        raise ValueError(f"filter {item['filter']!r}: part of a tensor's name, or '*'")
+    value = item["value"]
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict) for part in value)):
+        raise ValueError("filters cannot be nested")
+    return {"filter": item.get("filter") or "*", "value": _setting(value)}
+
+
+def _scalar(value: Any) -> Any:
+    if value is None or not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"{value!r}: a number, true or false, or a word is expected")
+    return value
+
+
+def _parameters(value: Any) -> Any:
+    return {} if value is None else value
+
+
+ModelName = Annotated[str, BeforeValidator(_model)]
+Setting = Annotated[Any, BeforeValidator(_setting)]
+Parameters = Annotated[dict[str, Setting], BeforeValidator(_parameters)]
+Dtype = Annotated[Any, BeforeValidator(_dtype)]
+Source = Annotated[Any, BeforeValidator(lambda value: None if value is None else _tokenizer_source(value))]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelEntry(_Strict):
+    model: ModelName
+    name: str | None = None  # freemerge's addition: what the expert is called in files and messages
+    parameters: Parameters = {}
+
+
+class Tokenizer(_Strict):
+    source: Source  # mergekit takes the union where it is left out
+    tokens: Annotated[None, _refused("rules for single tokens", "leave them out")] = None
+    pad_to_multiple_of: Annotated[None, _refused("paddings of the vocabulary", "leave it out")] = None
+
+
+class Document(_Strict):
+    merge_method: Annotated[str, AfterValidator(_method)]
+    models: list[ModelEntry] = []
+    base_model: ModelName | None = None
+    parameters: Parameters = {}
+    dtype: Dtype = None
+    out_dtype: Dtype = None
+    tokenizer_source: Source = None
+    tokenizer: Tokenizer | None = None
+    chat_template: Annotated[str | None, AfterValidator(_chat_template)] = None
+    slices: Annotated[None, _refused("slices", "merge whole models")] = None
+    modules: Annotated[None, _refused("modules", "merge whole models")] = None
+
+
+_MESSAGES = {
+    "string_type": "a text is expected, not {input!r}",
+    "list_type": "a list is expected, not {input!r}",
+    "dict_type": "a mapping of names to values is expected, not {input!r}",
+    "int_type": "a whole number is expected, not {input!r}",
+    "int_parsing": "a whole number is expected, not {input!r}",
+    "model_type": "a mapping of names to values is expected, not {input!r}",
+}
+
+
+def parse(content: Any) -> tuple[Document | None, list[str]]:
+    """The checked document, or None, and the problems found."""
+    if not isinstance(content, dict):
+        return None, [f"a recipe is a mapping with merge_method, base_model and models, not {type(content).__name__}"]
+    try:
+        document = Document.model_validate(content)
+    except ValidationError as error:
+        return None, [_problem(details) for details in error.errors(include_url=False)]
+    return document, []
+
+
+def _problem(details: dict) -> str:
+    *parents, last = details["loc"]
+    kind = details["type"]
+    if kind == "extra_forbidden":
+        return f"{_place(parents)}unknown key {last!r}{nearest(last, _keys(parents))}"
+    if kind == "missing":
+        return f"{_place(parents)}{last} is missing"
+    if kind == "value_error":
+        message = str(details["ctx"]["error"])
+    else:
+        message = _MESSAGES.get(kind, details["msg"]).format(input=details["input"])
+    return f"{_place(details['loc'])}{message}"
+
+
+def _keys(parents: list) -> set[str]:
+    owner = {"models": ModelEntry, "tokenizer": Tokenizer}.get(parents[0] if parents else None, Document)
+    return set(owner.model_fields)
+
+
+def _place(parts) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return f"{text.lstrip('.')}: " if text else ""

@@ -1,0 +1,298 @@
+"""What a recipe's parameters come to: checked against its method, resolved for each tensor.
+
+Precedence, as in mergekit: an expert's own value, the recipe's value for all, the variant's preset, the method's default. A list
+of {filter, value} without a matching filter says nothing, so the next in line answers.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from freemerge.errors import RecipeError
+from freemerge.recipe import Recipe
+from freemerge.schema import nearest
+
+# mergekit's options about how it computes, not what: freemerge has nothing to choose there
+IGNORED = {"int8_mask"}
+
+_SILENT = object()  # a list of filters of which none matches
+
+
+def settings(recipe: Recipe, method, tensor_name: str, position: float | None = None) -> dict[str, Any]:
+    """The parameters of `method` for one tensor, as its `merge_tensor` takes them.
+
+    Args:
+        recipe: one that `check_recipe` has no problem with.
+        tensor_name: what filters look at.
+        position: 0 (first layer) to 1 (last), from `layer_positions`; what gradients look at. None is 1.
+
+    Returns:
+        name -> value; a tuple of T numbers for a parameter each expert has its own of.
+    """
+    compiled = recipe._compiled.get(method.name)
+    if compiled is None:
+        compiled = recipe._compiled[method.name] = _Compiled(recipe, method)
+    return compiled.resolve(tensor_name, 1.0 if position is None else position)
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where in the stack of layers each tensor stands: index / (layers - 1); 0 before the stack (embeddings), 1 after it.
+
+    A stack is recognised by its names alone: `model.layers.12.mlp.up_proj.weight` is in layer 12 of the stack `model.layers` when
+    other names carry every number from 0 on in that place. A model may have several (encoder and decoder).
+    """
+    places = {name: _layer(name) for name in names}
+    indices, sizes = defaultdict(set), defaultdict(int)
+    for place in places.values():
+        if place is not None:
+            indices[place[0]].add(place[1])
+            sizes[place[0]] += 1
+    # a classifier's 0, 1, 2 is not a stack of layers beside twelve transformer blocks
+    floor = max(sizes.values(), default=0) / 10
+    lasts = {
+        stack: max(found) for stack, found in indices.items() if len(found) == max(found) + 1 > 1 and sizes[stack] >= floor
+    }
+    return {
+        name: place[1] / lasts[place[0]] if place is not None and place[0] in lasts else _outside(name)
+        for name, place in places.items()
+    }
+
+
+def _layer(name: str) -> tuple[str, int] | None:
+    parts = name.split(".")
+    for i, part in enumerate(parts[1:], 1):
+        if part.isdecimal() and part.isascii():
+            return ".".join(parts[:i]), int(part)
+    # "h.5.attn" has a prefix; "5.attn", of a bare nn.Sequential, has the empty one
+    return ("", int(parts[0])) if parts[0].isdecimal() and parts[0].isascii() else None
+
+
+def _outside(name: str) -> float:
+    return 0.0 if any("emb" in part or part in ("wte", "wpe") for part in name.lower().split(".")) else 1.0
+
+
+def check_recipe(recipe: Recipe, method) -> list[str]:
+    """Every problem of a recipe with its method, one sentence each; empty if there is none."""
+    problems = []
+    if method.uses_base and recipe.base is None:
+        problems.append(f"base_model: {method.name} merges differences from a base; say which model that is")
+    if not recipe.experts:
+        problems.append("models: there is no expert to merge (base_model itself is not one)")
+    problems += _check_all("parameters", recipe.parameters, method, shared=True)
+    for expert in recipe.experts:
+        problems += _check_all(f"models, {expert.name}", expert.parameters, method, shared=False)
+    return problems or _check_shares(recipe, method)
+
+
+def _check_shares(recipe: Recipe, method) -> list[str]:
+    try:
+        _Compiled(recipe, method)
+    except RecipeError as error:
+        return [str(error)]
+    return []
+
+
+def _check_all(where: str, values: dict[str, Any], method, shared: bool) -> list[str]:
+    problems = []
+    for key, value in values.items():
+        name = _known_as(key, method)
+        if name is None:
+            continue
+        parameter = method.parameters.get(name)
+        if name == "variant" and method.variants:
+            problems += _check_variant(where, value, method, shared)
+        elif parameter is None:
+            problems.append(f"{where}: {method.name} has no parameter {key!r}{nearest(key, _names(method))}")
+        elif not shared and not parameter.per_expert:
+            problems.append(f"{where}: {key} is one for all experts; write it in the recipe's own parameters")
+        else:
+            problems += [f"{where}: {key}: {problem}" for problem in _check_setting(value, parameter)]
+    doubled = [(key, name) for key, name in method.aliases.items() if key in values and name in values]
+    return problems + [f"{where}: {key} and {name} are the same parameter; keep one" for key, name in doubled]
+
+
+def _check_variant(where: str, value: Any, method, shared: bool) -> list[str]:
+    if not shared:
+        return [f"{where}: variant is one for all experts; write it in the recipe's own parameters"]
+    if not isinstance(value, str) or value not in method.variants:
+        return [f"{where}: variant: {value!r} is none of {method.name}{nearest(value, method.variants)}"]
+    return []
+
+
+def _check_setting(value: Any, parameter) -> list[str]:
+    if _is_filtered(value):
+        return [problem for item in value for problem in _check_setting(item["value"], parameter)]
+    items = [value]
+    if isinstance(value, list) and parameter.kind != "patterns":
+        items = value
+    problems = []
+    for item in items:
+        try:
+            _converter(parameter)(item)
+        except (ValueError, TypeError, re.error):
+            problems.append(f"{item!r} is not {_expected(parameter)}")
+    return problems
+
+
+def _names(method) -> set[str]:
+    return {*method.parameters, *method.aliases, *(["variant"] if method.variants else [])}
+
+
+def _known_as(key: str, method) -> str | None:
+    """The method's word for a key of the recipe; None for one that does not matter here."""
+    if key in IGNORED and key not in method.parameters:
+        return None
+    return method.aliases.get(key, key)
+
+
+class _Compiled:
+    """A recipe's parameters in the order of precedence, with everything evaluated that no tensor can change."""
+
+    def __init__(self, recipe: Recipe, method):
+        shared = _by_known_name(recipe.parameters, method)
+        preset = method.variants.get(shared.get("variant"), {})
+        experts = [_by_known_name(expert.parameters, method) for expert in recipe.experts]
+        self._names = [expert.name for expert in recipe.experts]
+        self._constant: dict[str, Any] = {}
+        self._varying: dict[str, tuple[Any, list[list]]] = {}
+        for name, parameter in method.parameters.items():
+            last = preset.get(name, parameter.default)
+            owners = experts if parameter.per_expert else [{}]
+            chains = [
+                [*(_prepare(values[name], parameter) for values in (own, shared) if name in values), last] for own in owners
+            ]
+            if any(callable(chain[0]) for chain in chains):
+                self._varying[name] = parameter, chains
+            else:
+                self._constant[name] = self._gathered([chain[0] for chain in chains], parameter, "")
+
+    def resolve(self, name: str, position: float) -> dict[str, Any]:
+        resolved = dict(self._constant)
+        for key, (parameter, chains) in self._varying.items():
+            values = [_first(chain, name, position) for chain in chains]
+            resolved[key] = self._gathered(values, parameter, f"{name}: ")
+        return resolved
+
+    def _gathered(self, values: list, parameter, where: str) -> Any:
+        if not parameter.per_expert:
+            return values[0]
+        lacking = [expert for expert, value in zip(self._names, values, strict=True) if value is None]
+        if lacking and len(lacking) < len(values):
+            raise RecipeError(f"{where}{_half_given(parameter.name, lacking)}")
+        return None if lacking else tuple(values)
+
+
+def _half_given(name: str, lacking: list[str]) -> str:
+    return f"{name}: none for {', '.join(lacking)}, one for the other experts; give all of them one"
+
+
+def _by_known_name(values: dict[str, Any], method) -> dict[str, Any]:
+    return {name: value for key, value in values.items() if (name := _known_as(key, method)) is not None}
+
+
+def _first(chain: list, name: str, position: float) -> Any:
+    for setting in chain:
+        value = setting(name, position) if callable(setting) else setting
+        if value is not _SILENT:
+            return value
+    raise AssertionError("a chain ends in the method's default")
+
+
+def _prepare(setting: Any, parameter) -> Any:
+    """A plain value, or a function of tensor name and position."""
+    convert = _converter(parameter)
+    if _is_filtered(setting):
+        rules = [(item["filter"], _prepare(item["value"], parameter)) for item in setting]
+        return lambda name, position: _matching(rules, name, position)
+    if isinstance(setting, list) and parameter.kind != "patterns":
+        return _gradient([convert(item) for item in setting], parameter)
+    return convert(setting)
+
+
+def _matching(rules: list, name: str, position: float) -> Any:
+    for part, value in rules:
+        if part == "*" or part in name:
+            return value(name, position) if callable(value) else value
+    return _SILENT
+
+
+def _gradient(points: list, parameter) -> Any:
+    if len(points) == 1:
+        return points[0]
+    last = len(points) - 1
+    if parameter.kind not in ("number", "integer") and not all(_is_number(point) for point in points):
+        return lambda name, position: points[int(position * last)]
+    finish = round if parameter.kind == "integer" else float
+
+    def between(name: str, position: float) -> Any:
+        at = position * last
+        before = min(int(at), last - 1)
+        share = at - before
+        return finish((1 - share) * points[before] + share * points[before + 1])
+
+    return between
+
+
+def _is_filtered(setting: Any) -> bool:
+    return isinstance(setting, list) and any(isinstance(item, dict) for item in setting)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _converter(parameter) -> Callable[[Any], Any]:
+    """What turns one value as written into one the method takes, or raises ValueError."""
+    if parameter.kind == "number-or-choice":
+        return lambda value: value if value in parameter.choices and isinstance(value, str) else _number(value)
+    if parameter.kind == "choice":
+        return lambda value: _choice(value, parameter)
+    return _CONVERTERS[parameter.kind]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _integer(value: Any) -> int:
+    if (number := _number(value)) != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _flag(value: Any) -> bool:
+    if value not in (0, 1):  # mergekit's recipes also write 1.0
+        raise ValueError
+    return bool(value)
+
+
+def _choice(value: Any, parameter) -> Any:
+    if value not in parameter.choices and value != parameter.default:
+        raise ValueError
+    return value
+
+
+def _patterns(value: Any) -> Any:
+    parts = (value,) if isinstance(value, str) else tuple(value)
+    for part in parts:
+        re.compile(part)
+    return parts
+
+
+_CONVERTERS = {"number": _number, "integer": _integer, "flag": _flag, "patterns": _patterns}
+
+
+def _expected(parameter) -> str:
+    choices = ", ".join(map(str, parameter.choices))
+    return {
+        "number": "a finite number",
+        "integer": "a whole number",
+        "flag": "true or false",
+        "choice": f"one of {choices}",
+        "patterns": "a regular expression or a list of them",
+        "number-or-choice": f"a finite number or one of {choices}",
+    }[parameter.kind]
