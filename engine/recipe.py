@@ -1,6 +1,6 @@
 """What the user asked for: mergekit's YAML, keywords or flags become one Recipe.
 
-The language is described in docs/recipe.md. Only here is it decided which model is the base and what an expert is called;
+The language is described in docs/recipe.md. Here it is decided which model is the base and what an expert is called;
 what a method makes of the parameters is in settings.py.
 """
 
@@ -87,7 +87,7 @@ class Recipe:
         content = {
             "merge_method": self.method,
             "base_model": self.base,
-            "models": [_drop_empty({"model": e.model, "name": e.name, "parameters": _sorted(e.parameters)}) for e in self.experts],
+            "models": [_entry(expert) for expert in self.experts],
             "parameters": _sorted(self.parameters),
             "dtype": self.dtype and self.dtype.name,
             "out_dtype": self.out_dtype and self.out_dtype.name,
@@ -121,13 +121,14 @@ def _content(source) -> tuple[str, Any]:
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{label}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"{label}: cannot read this recipe: {reason}") from error
     try:
         documents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.YAMLError as error:
         raise RecipeError(f"{label}: not YAML: {error}") from error
     if len(documents) > 1:
-        raise RecipeError(f"{label}: not yet: recipes of several documents come with a later release; run one after the other")
+        raise RecipeError(f"{label}: not yet: several documents in one recipe; run one after the other")
     return label, documents[0] if documents else None
 
 
@@ -161,7 +162,7 @@ def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
     taken = set()
     for name in asked:
         if not _NAME.fullmatch(name):
-            problems.append(f"name {name!r}: letters, digits, '_', '-' and '.' only, not '.' first: it becomes a file's name")
+            problems.append(f"name {name!r}: it becomes a file's name: letters, digits, '_', '-', and '.' not first")
         if name.lower() in taken:
             problems.append(f"name {name!r}: given to two experts")
         taken.add(name.lower())
@@ -215,6 +216,10 @@ def _in_order(key: str, values: Sequence, models: list[dict]) -> list[str]:
     return []
 
 
+def _entry(expert: ExpertEntry) -> dict:
+    return _drop_empty({"model": expert.model, "name": expert.name, "parameters": _sorted(expert.parameters)})
+
+
 def _drop_empty(content: dict) -> dict:
     return {key: value for key, value in content.items() if value not in (None, {}, [])}
 
@@ -245,6 +250,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(
-    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not any(isinstance(i, dict) for i in items))
-)
+def _represent_list(dumper: _Dumper, items: list):
+    flat = not any(isinstance(item, dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flat)
+
+
+_Dumper.add_representer(list, _represent_list)

@@ -72,7 +72,7 @@ def _chat_template(value: str | None) -> str | None:
     if value is None or value == "auto":  # the tokenizer's own is copied
         return None
     if "{" not in value:
-        raise ValueError(_LATER.format("templates by name come", "give the Jinja text, or leave it out to copy the tokenizer's"))
+        raise ValueError(_LATER.format("templates by name come", "give the Jinja text or leave it out"))
     return value
 
 
@@ -82,7 +82,8 @@ def _model(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a folder, a file or a hub name is expected")
     if "+" in value and not os.path.exists(value):
-        raise ValueError(f"{value}: {_LATER.format('adapters (model+lora) come', 'merge the adapter into its model first')}")
+        later = _LATER.format("adapters (model+lora) come", "merge the adapter into its model first")
+        raise ValueError(f"{value}: {later}")
     return value
 
 
@@ -97,7 +98,7 @@ def _model_of_mapping(value: dict) -> str:
 
 
 def _setting(value: Any) -> Any:
-    """A scalar, a gradient (list of scalars), or a list of {filter, value}: what evaluate() in settings.py understands."""
+    """A scalar, a gradient (list of scalars), or a list of {filter, value}: the forms settings.py resolves."""
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):

@@ -1,7 +1,6 @@
 """What a recipe's parameters come to: checked against its method, resolved for each tensor.
 
-Precedence, as in mergekit: an expert's own value, the recipe's value for all, the variant's preset, the method's default. A list
-of {filter, value} without a matching filter says nothing, so the next in line answers.
+Precedence, as in mergekit: an expert's own value, the recipe's for all, the variant's preset, the method's default. A list of {filter, value} without a matching filter says nothing, so the next in line answers.
 """
 
 import math
@@ -38,9 +37,9 @@ def settings(recipe: Recipe, method, tensor_name: str, position: float | None = 
 
 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
-    """Where in the stack of layers each tensor stands: index / (layers - 1); 0 before the stack (embeddings), 1 after it.
+    """Where in its stack of layers a tensor stands: index / (layers - 1); embeddings are at 0, others outside at 1.
 
-    A stack is recognised by its names alone: `model.layers.12.mlp.up_proj.weight` is in layer 12 of the stack `model.layers` when
+    A stack is recognised by names: `model.layers.12.mlp.up_proj.weight` is in layer 12 of the stack `model.layers` when
     other names carry every number from 0 on in that place. A model may have several (encoder and decoder).
     """
     places = {name: _layer(name) for name in names}
@@ -52,7 +51,9 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     # a classifier's 0, 1, 2 is not a stack of layers beside twelve transformer blocks
     floor = max(sizes.values(), default=0) / 10
     lasts = {
-        stack: max(found) for stack, found in indices.items() if len(found) == max(found) + 1 > 1 and sizes[stack] >= floor
+        stack: max(found)
+        for stack, found in indices.items()
+        if len(found) == max(found) + 1 > 1 and sizes[stack] >= floor
     }
     return {
         name: place[1] / lasts[place[0]] if place is not None and place[0] in lasts else _outside(name)
@@ -161,7 +162,8 @@ class _Compiled:
             last = preset.get(name, parameter.default)
             owners = experts if parameter.per_expert else [{}]
             chains = [
-                [*(_prepare(values[name], parameter) for values in (own, shared) if name in values), last] for own in owners
+                [*(_prepare(values[name], parameter) for values in (own, shared) if name in values), last]
+                for own in owners
             ]
             if any(callable(chain[0]) for chain in chains):
                 self._varying[name] = parameter, chains
