@@ -1,11 +1,27 @@
-"""For tests and benchmarks: poisoned outputs, random arrays of any dtype, comparisons with a reason."""
+"""For tests and benchmarks: poisoned outputs, random arrays of any dtype, tiny checkpoints with real names and shapes."""
+
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 
+from freemerge.checkpoint.dtypes import NAMES
 from freemerge.kernels import dispatch
 from freemerge.kernels.array import FLOATS, Array, store
 
-__all__ = ["FLOATS", "poisoned", "random_array", "versions"]
+__all__ = [
+    "FLOATS",
+    "poisoned",
+    "random_array",
+    "tiny_llama",
+    "tiny_llama_config",
+    "tiny_vit",
+    "tiny_vit_config",
+    "versions",
+    "write_checkpoint",
+    "write_safetensors",
+]
 
 
 def random_array(shape, dtype, seed: int, scale: float = 1.0) -> Array:
@@ -24,3 +40,144 @@ def poisoned(shape, dtype) -> Array:
 def versions(op: str) -> list[str]:
     """The compiled versions of `op` there are on this machine, by name."""
     return ["cpu"] if hasattr(dispatch._cpu, op) else []
+
+
+def write_safetensors(path: str | os.PathLike, tensors: dict[str, Array], metadata: dict[str, str] | None = None) -> None:
+    """The format in a dozen lines, apart from freemerge's own writer, so that reader and writer can be tested against it."""
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, array in tensors.items():
+        offsets = [position, position := position + array.nbytes]
+        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(array.tobytes())
+
+
+def write_checkpoint(
+    folder: str | os.PathLike, tensors: dict[str, Array], *, shards: int = 1, config: dict | None = None
+) -> Path:
+    """A checkpoint directory: model.safetensors, or its index and `shards` files of as many tensors each; config.json if given."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        names = list(tensors)[i * len(tensors) // shards : (i + 1) * len(tensors) // shards]
+        shard = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        write_safetensors(folder / shard, {name: tensors[name] for name in names}, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, shard)
+    size = sum(array.nbytes for array in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
+    )
+    return folder
+
+
+def tiny_llama(seed: int, *, dtype=np.float32, scale: float = 0.02, **overrides) -> dict[str, Array]:
+    """The tensors of a LlamaForCausalLM of `tiny_llama_config(**overrides)`, normal numbers times `scale` (norms: around one)."""
+    config = tiny_llama_config(**overrides)
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    kv = hidden // heads * kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{layer}.self_attn.k_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.v_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{layer}.mlp.gate_proj.weight": (inner, hidden),
+            f"{layer}.mlp.up_proj.weight": (inner, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, inner),
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocabulary, hidden)
+    return _random_weights(shapes, dtype, seed, scale)
+
+
+def tiny_llama_config(**overrides) -> dict:
+    """config.json of a Llama of 52 thousand parameters that transformers can run; `overrides` replace entries."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 160,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+
+
+def tiny_vit(seed: int, *, dtype=np.float32, scale: float = 0.02, **overrides) -> dict[str, Array]:
+    """The tensors of a ViTForImageClassification of `tiny_vit_config(**overrides)`; they have 1, 2, 3 and 4 dimensions."""
+    config = tiny_vit_config(**overrides)
+    hidden, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
+    patches, channels = (config["image_size"] // patch) ** 2, config["num_channels"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "vit.embeddings.cls_token": (1, 1, hidden),
+        "vit.embeddings.position_embeddings": (1, patches + 1, hidden),
+        "vit.embeddings.patch_embeddings.projection.weight": (hidden, channels, patch, patch),
+        "vit.embeddings.patch_embeddings.projection.bias": (hidden,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        layer = f"vit.encoder.layer.{i}"
+        linears = {
+            "attention.attention.query": (hidden, hidden),
+            "attention.attention.key": (hidden, hidden),
+            "attention.attention.value": (hidden, hidden),
+            "attention.output.dense": (hidden, hidden),
+            "intermediate.dense": (inner, hidden),
+            "output.dense": (hidden, inner),
+        }
+        for name, shape in linears.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+        for name in ("layernorm_before", "layernorm_after"):
+            shapes |= {f"{layer}.{name}.weight": (hidden,), f"{layer}.{name}.bias": (hidden,)}
+    shapes |= {"vit.layernorm.weight": (hidden,), "vit.layernorm.bias": (hidden,)}
+    shapes |= {"classifier.weight": (len(config["id2label"]), hidden), "classifier.bias": (len(config["id2label"]),)}
+    return _random_weights(shapes, dtype, seed, scale)
+
+
+def tiny_vit_config(**overrides) -> dict:
+    """config.json of a ViT of 19 thousand parameters that transformers can run; `overrides` replace entries."""
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+        "num_channels": 3,
+        "id2label": {"0": "a", "1": "b", "2": "c"},
+        "label2id": {"a": 0, "b": 1, "c": 2},
+    } | overrides
+
+
+def _random_weights(shapes: dict[str, tuple[int, ...]], dtype, seed: int, scale: float) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        weights[name] = np.empty(shape, dtype)
+        store(values, weights[name])
+    return weights

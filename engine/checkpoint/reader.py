@@ -1,0 +1,155 @@
+"""Checkpoints on disk: safetensors, single or sharded, mapped; tensors are views of the files."""
+
+import os
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from freemerge.checkpoint import files, mapping
+from freemerge.checkpoint.header import REMEDY, Malformed, TensorInfo, examine_header, few, shown
+from freemerge.checkpoint.source import Source, find_source
+from freemerge.errors import ChangedInputError, CheckpointError, listed
+
+
+def open_checkpoint(source: str | os.PathLike, *, allow_pickle: bool = False) -> "Checkpoint":
+    """Open `source` and check all of its headers; no tensor is read.
+
+    Args:
+        source: a directory, a weight file, an index, or `org/name[@revision]` on the hub (asked only where no such path exists).
+        allow_pickle: read pickled weights too, by torch's weights_only loader.
+
+    Raises:
+        CheckpointError: naming all that is wrong with it.
+    """
+    found = find_source(source, allow_pickle=allow_pickle)
+    if found.pickled:
+        from freemerge.checkpoint.pickled import PickledCheckpoint
+
+        return PickledCheckpoint(found)
+    return Checkpoint(found)
+
+
+class Checkpoint:
+    """An open checkpoint. Threads may read from it at the same time.
+
+    Attributes:
+        label: what the user wrote.
+        path: its directory.
+        files: its weight files, in order.
+        tensors: every tensor's TensorInfo by name, sorted.
+        tied: name to the name whose memory it shares; a safetensors file stores such a tensor once, so there it is empty.
+        config: config.json, None if there is none.
+    """
+
+    def __init__(self, source: Source):
+        self.label, self.path, self.files = source.label, source.directory, source.files
+        self.tied: dict[str, str] = {}
+        problems: list[str] = []
+        self.config = _collect(problems, files.read_config, self.path)
+        # Before the headers are read: a file that changes in between must count as changed.
+        self._states = {file: files.FileState.of(file) for file in self.files}
+        self.tensors = self._open(source, problems)
+        if not self.tensors and not problems:
+            problems.append("holds no tensors")
+        if problems:
+            raise CheckpointError(listed((f"{self.label}: {problem}" for problem in problems), REMEDY))
+
+    def _open(self, source: Source, problems: list[str]) -> dict[str, TensorInfo]:
+        self._lock, self._maps = Lock(), {}
+        self._data_starts = {}
+        tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            try:
+                header = examine_header(file)
+            except Malformed as error:
+                problems += (f"{self._name(file)}: {problem}" for problem in error.problems)
+                continue
+            self._data_starts[file] = header.length
+            problems += few([
+                f"{shown(name)} is in both {self._name(tensors[name].file)} and {self._name(file)}"
+                for name in header.tensors
+                if name in tensors
+            ])
+            tensors |= header.tensors
+        if source.weight_map is not None:
+            problems += self._disagreements(source.weight_map, tensors)
+        return dict(sorted(tensors.items()))
+
+    def _disagreements(self, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+        problems = []
+        for name, shard in weight_map.items():
+            file = self.path / shard
+            if file in self._data_starts and (name not in tensors or tensors[name].file != file):
+                problems.append(f"{shown(name)} is in {shard} by the index, but not in that file")
+        for name in tensors.keys() - weight_map.keys():
+            problems.append(f"{shown(name)} is in {self._name(tensors[name].file)}, but not in the index")
+        return few(sorted(problems))
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.path).as_posix()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its shape and dtype: a read-only view of the mapped file, at any address; nothing is copied."""
+        info = self.tensors[name]
+        return np.ndarray(info.shape, info.dtype, buffer=self._map(info.file), offset=info.offset)
+
+    def _map(self, file: Path) -> np.ndarray:
+        with self._lock:
+            if file not in self._maps:
+                self.check_unchanged()
+                mapped = mapping.map_file(file)
+                if mapped.nbytes != self._states[file].size:
+                    raise ChangedInputError(f"{file} changed while it was opened. Start again when nothing writes to the inputs.")
+                self._maps[file] = mapped
+            return self._maps[file]
+
+    def prefetch(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """Have elements [begin, end) of a tensor ready for its first reader. A hint: it never raises."""
+        self._advise(mapping.prefetch, name, begin, end)
+
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """Elements [begin, end) are done with: their pages leave this process, not the cache. Reading again is allowed."""
+        self._advise(mapping.release, name, begin, end)
+
+    def _advise(self, advice, name: str, begin: int, end: int | None) -> None:
+        try:
+            advice(self.read(name).reshape(-1)[begin:end])
+        except (OSError, ChangedInputError):
+            pass  # reading will say it
+
+    def fingerprint(self) -> dict:
+        """By file name: size, mtime_ns, xxh3_128 (files.fingerprint says of what)."""
+        return {self._name(file): files.fingerprint(file, self._header_length(file)) for file in self.files}
+
+    def _header_length(self, file: Path) -> int:
+        return self._data_starts[file]
+
+    def check_unchanged(self) -> None:
+        """Raises ChangedInputError, naming every weight file that is no longer the one that was opened."""
+        files.check_unchanged(self._states)
+
+    def side_files(self) -> list[Path]:
+        """Configuration, tokenizer, chat template: what a copy of the model needs besides its weights."""
+        return files.side_files(self.path)
+
+    def license(self) -> str | None:
+        return files.read_license(self.path)
+
+    def close(self) -> None:
+        """Let go of the files. Arrays that were read stay valid, and keep their file mapped."""
+        self._maps = {}
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _collect(problems: list[str], read, directory: Path):
+    try:
+        return read(directory)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
