@@ -58,6 +58,11 @@ class PieceChecksum:
             else:
                 self._open[piece] = (state, position)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every tile has come."""
+        return None not in self._digests
+
     def hexdigest(self) -> str:
         """The checksum. Raises ValueError while tiles are missing."""
         if None in self._digests:
