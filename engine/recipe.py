@@ -82,6 +82,26 @@ class Recipe:
         }
         return load_recipe(content)
 
+    def overridden(self, parameters: Mapping[str, Any], dtype: str | None = None) -> "Recipe":
+        """This recipe with some parameters, or the dtype of the result, changed; forms as for `from_flags`.
+
+        A value for all experts also goes before what the recipe says for one of them.
+        """
+        aliases = methods.get(self.method).aliases
+        given = {aliases.get(key, key) for key in parameters}
+        for_all = {aliases.get(key, key) for key, value in parameters.items() if not isinstance(value, Mapping)}
+        models = [
+            {**_entry(e), "parameters": {k: v for k, v in e.parameters.items() if aliases.get(k, k) not in for_all}}
+            for e in self.experts
+        ]
+        shared, problems = _share_out(self.method, dict(parameters), models)
+        if problems:
+            raise RecipeError(listed(problems, "Correct the parameters."))
+        kept = {key: value for key, value in self.parameters.items() if aliases.get(key, key) not in given}
+        content = yaml.load(self.to_yaml(), Loader=_Loader)
+        changed = {"models": models, "parameters": {**kept, **shared}}
+        return load_recipe({**content, **changed, **({"out_dtype": dtype} if dtype else {})})
+
     def to_yaml(self) -> str:
         """The recipe in mergekit's YAML: equal recipes give equal text, and loading it gives this recipe again."""
         content = {
@@ -109,6 +129,18 @@ def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
     if problems:
         raise RecipeError(f"{label}: {listed(problems, _REMEDY)}")
     return recipe
+
+
+def parse_value(text: str) -> Any:
+    """A parameter's value as a recipe would have it after the colon.
+
+    Raises:
+        RecipeError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r} is not a value a recipe could have: {error}") from error
 
 
 def _content(source) -> tuple[str, Any]:

@@ -1,6 +1,7 @@
 """What a recipe's parameters come to: checked against its method, resolved for each tensor.
 
-Precedence, as in mergekit: an expert's own value, the recipe's for all, the variant's preset, the method's default. A list of {filter, value} without a matching filter says nothing, so the next in line answers.
+Precedence, as in mergekit: an expert's own value, the recipe's for all, the variant's preset, the method's default. A
+list of {filter, value} without a matching filter says nothing, so the next in line answers.
 """
 
 import math

@@ -159,8 +159,8 @@ def test_every_problem_with_the_method_is_said():
         "parameters: filtered: '(' is not a regular expression or a list of them",
         "parameters: rescale: True is not a finite number or one of official, weighted",
         "parameters: variant: 'vit80' is none of toy, did you mean vit8?",
-        "parameters: toy has no parameter 'zzz'; there is density, filtered, lambda, normalize, radius_from, rescale, scaling, "
-        "steps, variant, weight",
+        "parameters: toy has no parameter 'zzz'; there is density, filtered, lambda, normalize, radius_from, rescale, "
+        "scaling, steps, variant, weight",
         "parameters: lambda and scaling are the same parameter; keep one",
         "models, math: toy has no parameter 'wieght', did you mean weight?",
         "models, math: scaling is one for all experts; write it in the recipe's own parameters",
