@@ -1,0 +1,3 @@
+from freemerge.cli import main
+
+main()

@@ -1,0 +1,28 @@
+"""freemerge inspect: what models hold and what a filter would remove."""
+
+from pathlib import Path
+
+import typer
+
+from freemerge.cli.output import print_json, print_table
+
+
+def command(
+    models: list[str] = typer.Argument(..., metavar="MODEL...", help="Folders, files or hub names."),
+    base: str = typer.Option(None, "--base", "-b", help="The base: task vectors are model minus base."),
+    cutoff: float = typer.Option(0.7, help="Cutoff of the high-pass, a ratio (docs/methods.md)."),
+    radius_from: str = typer.Option("min", help="The side the cutoff is a ratio of: min, max or diagonal."),
+    spectrum: Path = typer.Option(None, help="Write a picture of the task vectors' spectra to this PNG file."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Show tensors, dtypes and task vectors of models, and what a filter removes from them.
+
+    Example: freemerge inspect runs/math --base llama
+    """
+    from freemerge.inspect import inspect_models
+
+    rows = inspect_models(models, base=base, cutoff=cutoff, radius_from=radius_from, spectrum=spectrum)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(rows)

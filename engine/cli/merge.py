@@ -1,0 +1,204 @@
+"""freemerge merge: a recipe, or the same by flags."""
+
+import dataclasses
+import os
+import re
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from freemerge.cli.output import note, print_json, print_table, progress_bar
+from freemerge.errors import InputError
+
+_NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)")
+
+
+def command(
+    recipe: str = typer.Argument(None, metavar="RECIPE.yml", help="A recipe in mergekit's YAML; or use --method."),
+    target: str = typer.Argument(None, metavar="OUT", help="The folder to write; or use -o."),
+    method: str = typer.Option(
+        None, "--method", "-m", help="Merge by flags: the method (freemerge methods lists them)."
+    ),
+    base: str = typer.Option(None, "--base", "-b", help="The base model: folder, file or hub name."),
+    expert: list[str] = typer.Option(
+        [], "--expert", "-e", metavar="[NAME=]MODEL", help="A fine-tuned model; repeat it."
+    ),
+    parameter: list[str] = typer.Option(
+        [],
+        "--parameter",
+        "-p",
+        metavar="KEY=VALUE",
+        help="A parameter of the method, KEY.EXPERT=VALUE for one expert's.",
+    ),
+    out: str = typer.Option(None, "--out", "-o", help="The folder to write."),
+    dtype: str = typer.Option(None, help="Dtype of the result [default: the recipe's, else the base's]."),
+    device: str = typer.Option("auto", help="auto or cpu."),
+    threads: int = typer.Option(0, min=0, help="Threads; 0 is one for each core."),
+    max_memory: str = typer.Option("2GiB", help="Memory to stay under, mapped files not counted."),
+    shard_size: str = typer.Option("5GB", help="Most bytes in one file of the result."),
+    resume: bool = typer.Option(False, "--resume", help="Continue an interrupted merge into the same folder."),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Replace what is in the folder, once the result is complete."
+    ),
+    allow_pickle: bool = typer.Option(
+        False, "--allow-pickle", help="Read .bin and .pt files too (torch, weights only)."
+    ),
+    allow_nonfinite: bool = typer.Option(False, "--allow-nonfinite", help="Let NaN and infinities pass."),
+    no_fsync: bool = typer.Option(
+        False, "--no-fsync", help="Do not wait for the disk: faster, not safe against power loss."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan, tensor by tensor, and write nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print the result (or the plan) as JSON."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bar, no summary."),
+) -> None:
+    """Merge fine-tuned models of one base into one model.
+
+    \b
+    freemerge merge recipe.yml merged
+    freemerge merge --method fr --base llama --expert math=runs/1 --expert runs/code -p scaling=0.3 -o merged
+    """
+    if method is not None and recipe is not None and target is None:
+        recipe, target = None, recipe
+    _check_usage(recipe, method, base, expert, target, out, dry_run)
+    parameters = _parameters(parameter)
+    if recipe is None:
+        request = {"method_or_recipe": method, "base": base, "experts": _experts(expert), "dtype": dtype, **parameters}
+    else:
+        request = {"method_or_recipe": _recipe(recipe, parameters, dtype)}
+    out = out or target
+    from freemerge.api import merge
+
+    options = {
+        "out": out,
+        "device": device,
+        "threads": threads,
+        "max_memory": max_memory,
+        "shard_size": shard_size,
+        "resume": resume,
+        "overwrite": overwrite,
+        "allow_pickle": allow_pickle,
+        "check_finite": not allow_nonfinite,
+        "fsync": not no_fsync,
+    }
+    if dry_run:
+        _print_plan(merge(**request, **options, dry_run=True), as_json)
+        return
+    with _interruptible(out), progress_bar("merging", quiet=quiet) as progress:
+        result = merge(**request, **options, progress=progress)
+    _print_result(result, as_json, quiet)
+
+
+def _check_usage(recipe, method, base, experts, target, out, dry_run) -> None:
+    problems = []
+    if (recipe is None) == (method is None):
+        problems.append("give a recipe or --method, one of them")
+    if recipe is not None and (base is not None or experts):
+        problems.append("--base and --expert go with --method; a recipe names its models itself")
+    if target is not None and out is not None:
+        problems.append("OUT is given twice, as an argument and with -o")
+    if target is None and out is None and not dry_run:
+        problems.append("OUT is missing: freemerge merge RECIPE.yml OUT, or -o OUT")
+    if problems:
+        raise InputError("\n".join([*problems, "`freemerge merge --help` shows both forms."]))
+
+
+def _recipe(path: str, parameters: dict[str, Any], dtype: str | None) -> Path | str:
+    """The recipe's file, or, with something to change, its changed text."""
+    if not parameters and dtype is None:
+        return Path(path)
+    from freemerge.recipe import load_recipe
+
+    return load_recipe(Path(path)).overridden(parameters, dtype).to_yaml()
+
+
+def _experts(values: list[str]) -> list[str] | dict[str, str]:
+    """A list of models, or name -> model where one of them is named."""
+    pairs = [_named_model(value) for value in values]
+    if not any(name for name, _ in pairs):
+        return [model for _, model in pairs]
+    if unnamed := [model for name, model in pairs if not name]:
+        raise InputError(f"--expert: name all of them or none; {', '.join(unnamed)} has no NAME=")
+    if len(named := dict(pairs)) < len(pairs):
+        raise InputError("--expert: two experts have the same name")
+    return named
+
+
+def _named_model(value: str) -> tuple[str | None, str]:
+    match = _NAMED.fullmatch(value)
+    return (match[1], match[2]) if match and not os.path.exists(value) else (None, value)
+
+
+def _parameters(values: list[str]) -> dict[str, Any]:
+    """KEY=VALUE with VALUE as in a recipe; KEY.EXPERT=VALUE are collected into {EXPERT: VALUE}."""
+    from freemerge.recipe import parse_value
+
+    parameters: dict[str, Any] = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"-p {text}: write it as name=value")
+        name, _, owner = key.strip().partition(".")
+        place = parameters.setdefault(name, {}) if owner else parameters
+        if not isinstance(place, dict) or (owner or name) in place:
+            raise InputError(f"-p {text}: {key.strip()} is given twice")
+        place[owner or name] = parse_value(value)
+    return parameters
+
+
+@contextmanager
+def _interruptible(out: str):
+    """SIGTERM ends a merge like Ctrl-C does; both say how to go on."""
+
+    def terminate(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(
+            f"interrupted: nothing in {out} was changed; the same command with --resume goes on where this one stopped"
+        )
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_plan(plan, as_json: bool) -> None:
+    if as_json:
+        print_json({**plan.summary(), "rows": plan.rows()})
+        return
+    print_table(plan.rows())
+    typer.echo()
+    summary = plan.summary()
+    for warning in summary.pop("warnings", ()):
+        note(f"warning: {warning}")
+    _print_summary(summary)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from freemerge.sizes import readable_size
+
+    for key, value in summary.items():
+        if isinstance(value, int) and not isinstance(value, bool) and ("bytes" in key or "memory" in key):
+            value = readable_size(value)
+        elif isinstance(value, float):
+            value = f"{value:.2f}"
+        elif isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value)) if len(value) < 6 else f"{len(value)}: {value[0]} ... {value[-1]}"
+        if value not in ("", None):
+            typer.echo(f"{key.replace('_', ' '):<16}{value}")
+
+
+def _print_result(result, as_json: bool, quiet: bool) -> None:
+    facts = dataclasses.asdict(result)
+    if as_json:
+        print_json(facts)
+        return
+    for warning in facts.pop("warnings"):
+        note(f"warning: {warning}")
+    if not quiet:
+        _print_summary(facts)
