@@ -1,7 +1,8 @@
 """Where every byte of an output goes, known before the first one is written: shards, their headers, the index.
 
-A shard equals, byte for byte, what the safetensors library writes for the same tensors: wider dtypes first, then by name,
-the header padded with spaces to a multiple of 8.  Source: github.com/huggingface/safetensors, README.md and src/tensor.rs.
+A shard equals, byte for byte, what the safetensors library writes for the same tensors: wider dtypes first, then by
+name, the header padded with spaces to a multiple of 8.
+Source: github.com/huggingface/safetensors, README.md and src/tensor.rs.
 """
 
 import json
@@ -10,28 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-import ml_dtypes
 import numpy as np
 
-# In the order of safetensors' own list of dtypes; the writer sorts by it, last first.
-DTYPE_CODES = {
-    np.dtype(np.bool_): "BOOL",
-    np.dtype(np.uint8): "U8",
-    np.dtype(np.int8): "I8",
-    np.dtype(ml_dtypes.float8_e5m2): "F8_E5M2",
-    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
-    np.dtype(np.int16): "I16",
-    np.dtype(np.uint16): "U16",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-    np.dtype(np.int32): "I32",
-    np.dtype(np.uint32): "U32",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float64): "F64",
-    np.dtype(np.int64): "I64",
-    np.dtype(np.uint64): "U64",
-}
-_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+from freemerge.checkpoint.dtypes import NAMES
+
+# safetensors' own list of dtypes (NAMES); its writer goes through it from the end.
+_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64".split()
 
 
 @dataclass(frozen=True)
@@ -70,7 +55,8 @@ class ShardPlan:
 def plan_shards(entries: Sequence[Entry], shard_size: int) -> list[ShardPlan]:
     """Split `entries`, in their order, into shards of at most `shard_size` bytes of tensors.
 
-    A tensor larger than that gets a shard of its own. One shard is named model.safetensors, several model-00001-of-0000N.safetensors.
+    A tensor larger than that gets a shard of its own. One shard is named model.safetensors, several
+    model-00001-of-0000N.safetensors.
     """
     groups: list[list[Entry]] = [[]]
     filled = 0
@@ -93,7 +79,7 @@ def plan_shard(
 
     `metadata` is {"format": "pt"} unless given, what transformers asks for.
     """
-    ordered = sorted(entries, key=lambda entry: (-_RANK[np.dtype(entry.dtype)], entry.name))
+    ordered = sorted(entries, key=lambda entry: (-_ORDER.index(NAMES[np.dtype(entry.dtype)]), entry.name))
     header = encode_header(ordered, {"format": "pt"} if metadata is None else metadata, header_room)
     placed, offset = [], len(header)
     for entry in ordered:
@@ -109,7 +95,7 @@ def encode_header(ordered: Iterable[Entry], metadata: Mapping[str, str], room: i
     for entry in ordered:
         end = offset + entry.nbytes
         head[entry.name] = {
-            "dtype": DTYPE_CODES[np.dtype(entry.dtype)],
+            "dtype": NAMES[np.dtype(entry.dtype)],
             "shape": list(entry.shape),
             "data_offsets": [offset, end],
         }
