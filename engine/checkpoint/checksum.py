@@ -1,9 +1,11 @@
 """Checksums of tensors that several threads can work out together, in tiles, in any order of pieces.
 
-xxh3_128 over the concatenated xxh3_64 digests (big-endian) of consecutive pieces of 4 MiB. The size of a piece is part of the format.
+xxh3_128 over the concatenated xxh3_64 digests (big-endian) of consecutive pieces of 4 MiB. The size of a piece is
+part of the format.
 """
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -26,8 +28,20 @@ def checksum(data) -> str:
     return pieces.hexdigest()
 
 
+def checksum_file(path: Path) -> str:
+    """The checksum of a file's bytes."""
+    pieces = PieceChecksum(path.stat().st_size)
+    with open(path, "rb") as file:
+        for first_byte in range(0, pieces.nbytes, PIECE):
+            pieces.update(first_byte, file.read(PIECE))
+    return pieces.hexdigest()
+
+
 class PieceChecksum:
-    """The checksum of `nbytes` bytes that arrive as tiles: pieces in any order and from any thread, each piece's own bytes in ascending order."""
+    """The checksum of `nbytes` bytes that arrive as tiles from any thread.
+
+    Pieces in any order, each piece's own bytes in ascending order.
+    """
 
     def __init__(self, nbytes: int):
         self.nbytes = nbytes
@@ -36,7 +50,10 @@ class PieceChecksum:
         self._lock = threading.Lock()
 
     def update(self, first_byte: int, data) -> None:
-        """Add the tile `data`, which begins at `first_byte`. Raises ValueError for one that neither begins a piece nor continues it."""
+        """Add the tile `data`, which begins at `first_byte`.
+
+        Raises ValueError for one that neither begins a piece nor continues it.
+        """
         flat, done = as_bytes(data), 0
         while done < flat.size:
             piece, position = divmod(first_byte + done, PIECE)

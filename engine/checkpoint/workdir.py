@@ -1,18 +1,18 @@
 """A result is built in a neighbouring directory and appears under its name complete or not at all.
 
-    parent/OUT                     the old result, if any: untouched until the last moment
-    parent/.OUT.freemerge/lock     held by the running merge
-                          state    what is being made; while publishing, also which directory is the new one
-                          journal  what is finished
-                          staging  the result; after an exchange, the old one
-                          old      the old one, where the system cannot exchange
+parent/OUT                     the old result, if any: untouched until the last moment
+parent/.OUT.freemerge/lock     held by the running merge
+                      state    what is being made; while publishing, also which directory is the new one
+                      journal  what is finished
+                      staging  the result; after an exchange, the old one
+                      old      the old one, where the system cannot exchange
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from freemerge.checkpoint.journal import Journal
@@ -25,7 +25,7 @@ _CHECKPOINT_FILES = ("*.safetensors", "*.index.json", "config.json", "freemerge.
 
 
 class WorkDir:
-    """The work directory of one merge; made by `WorkDir.open`. Leaving a `with` block keeps what is done for --resume."""
+    """The work directory of one merge, made by `open`. Leaving a `with` block keeps what is done for --resume."""
 
     staging: Path
     done: dict[str, dict]
@@ -108,9 +108,13 @@ class WorkDir:
         if not out.is_dir():
             raise OutputError(f"{out} is a file; the output is a directory: choose another name")
         if not self._overwrite:
-            raise OutputError(f"{out} exists; --overwrite replaces it when the new result is complete, or choose another name")
+            raise OutputError(
+                f"{out} exists; --overwrite replaces it when the new result is complete, or choose another name"
+            )
         if any(out.iterdir()) and not any(any(out.glob(pattern)) for pattern in _CHECKPOINT_FILES):
-            raise OutputError(f"{out} holds files but no checkpoint, so --overwrite does not delete it; choose another name")
+            raise OutputError(
+                f"{out} holds files but no checkpoint, so --overwrite does not delete it; choose another name"
+            )
 
     def _check_leftovers(self, fingerprint: str, resume: bool) -> None:
         if not self._recorded():
@@ -164,7 +168,7 @@ class WorkDir:
     # -- ending -------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """Make the staged result appear as `out`, complete and (unless fsync is off) durable, and remove the work directory."""
+        """Make the staged result appear as `out`, complete and durable, and remove the work directory."""
         with disk_errors(self.out, lambda: 0):
             self._check_out()  # it may have appeared meanwhile
             if self._fsync:
@@ -194,7 +198,10 @@ class WorkDir:
             self._remove_lock()
 
     def close(self) -> None:
-        """Let go of the lock; keep what is done for --resume. With nothing done, or all of it published, nothing stays behind."""
+        """Let go of the lock and keep what is done for --resume.
+
+        With nothing done, or all of it published, nothing stays behind.
+        """
         if self._lock is None:
             return
         self._close_journal()
@@ -213,7 +220,8 @@ class WorkDir:
     def _clear(self) -> None:
         """Remove everything but the lock.
 
-        The journal first, so that no resumed run believes in what is half gone; the state last: it tells the new result from the old one.
+        The journal first, so that no resumed run believes in what is half gone; the state last, since it tells the new
+        result from the old one.
         """
         (self.folder / "journal").unlink(missing_ok=True)
         for folder in (self.staging, self._old):
@@ -222,10 +230,8 @@ class WorkDir:
 
     def _remove_lock(self) -> None:
         self._lock.path.unlink(missing_ok=True)
-        try:
+        with suppress(OSError):  # the next merge may be in it already
             self.folder.rmdir()
-        except OSError:
-            pass  # the next merge is already in it
         self._lock.release()
         self._lock = None
 

@@ -25,7 +25,7 @@ _AT_ONCE = 1 << 30  # one call writes at most 2 GiB - 4096 on Linux
 
 
 class ShardWriter:
-    """One file of a result. Opening keeps what an interrupted run wrote: the same plan puts the same bytes in the same place."""
+    """One file of a result. Opening keeps what an interrupted run wrote: the same plan puts it in the same place."""
 
     def __init__(self, folder: Path, plan: ShardPlan, *, fsync: bool):
         self.path = folder / plan.filename
@@ -58,7 +58,7 @@ class ShardWriter:
         return max(0, self.plan.nbytes - os.fstat(self._file).st_blocks * 512)
 
     def write_at(self, offset: int, data) -> None:
-        """Write a contiguous array or buffer at byte `offset` of the file; the interpreter lock is released meanwhile."""
+        """Write a contiguous array or buffer at byte `offset` of the file, the interpreter lock released."""
         flat = as_bytes(data)
         with disk_errors(self.path, lambda: flat.size):
             while flat.size:
@@ -127,7 +127,7 @@ class CheckpointWriter:
         return array
 
     def finish(self) -> None:
-        """Write the index, where there are several shards, and push everything to the disk (unless `fsync` is False)."""
+        """Write the index, where there are several shards, and push everything to the disk unless told not to."""
         plans = [shard.plan for shard in self._shards]
         if len(plans) > 1:
             write_file(self._folder / INDEX, index_json(plans))
@@ -176,8 +176,9 @@ def disk_errors(path: Path, missing_bytes):
             reason = "quota exceeded" if error.errno == errno.EDQUOT else "disk full"
             if error.errno == errno.EFBIG:
                 reason = "file too large for this file system (a smaller --shard-size may help)"
+            missing, free = readable(missing_bytes()), readable(free_bytes(path.parent))
             raise OutputError(
-                f"{reason} while writing {path}: {readable(missing_bytes())} did not fit, {readable(free_bytes(path.parent))} free; "
+                f"{reason} while writing {path}: {missing} did not fit, {free} free; "
                 "make room, then run the same command with --resume to continue"
             ) from error
         raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
@@ -190,10 +191,10 @@ def free_bytes(folder: Path) -> int:
 
 def readable(nbytes: int) -> str:
     """1.5 GB for 1500000000."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            break
+    if nbytes < 1000:
+        return f"{nbytes} bytes"
+    for unit in ("kB", "MB", "GB"):
         nbytes /= 1000
-    else:
-        unit = "TB"
-    return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        if nbytes < 1000:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1000:.1f} TB"

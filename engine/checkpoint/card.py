@@ -1,0 +1,126 @@
+"""What lies beside the weights of a result: configuration, tokenizer, and README.md, the model card.
+
+The card depends on recipe and inputs alone: no dates, no directories of this machine, so equal merges are equal directories.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from freemerge import __version__
+from freemerge.checkpoint.dtypes import NAMES
+from freemerge.checkpoint.manifest import MANIFEST, MergeInput
+from freemerge.checkpoint.reader import Checkpoint
+from freemerge.checkpoint.writer import write_file
+
+CARD = "README.md"
+# What transformers calls the dtypes of weights.
+TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+def copy_side_files(checkpoint: Checkpoint, folder: Path, dtype: np.dtype | None = None) -> None:
+    """Copy configuration, generation config, tokenizer and chat template into `folder`.
+
+    Where config.json names a dtype, it names `dtype` then, the output's.
+    """
+    for path in checkpoint.side_files():
+        data = path.read_bytes()
+        if path.name == "config.json" and dtype is not None:
+            data = _with_dtype(data, TORCH_NAMES.get(NAMES[np.dtype(dtype)]))
+        write_file(folder / path.name, data)
+
+
+def _with_dtype(data: bytes, name: str | None) -> bytes:
+    config = json.loads(data)
+    changed = _set_dtype(config, name) if name else False
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if changed else data
+
+
+def _set_dtype(config: dict, name: str) -> bool:
+    """Set every torch_dtype or dtype in a configuration, those of its parts (text_config, ...) too; was there another?"""
+    changed = False
+    for key, value in config.items():
+        if isinstance(value, dict):
+            changed |= _set_dtype(value, name)
+        elif key in ("torch_dtype", "dtype") and value in TORCH_NAMES.values() and value != name:
+            config[key] = name
+            changed = True
+    return changed
+
+
+def write_card(
+    folder: Path,
+    *,
+    method: str,
+    recipe: str,
+    inputs: Sequence[MergeInput],
+    experts: Sequence[str] = (),
+    command: Sequence[str] = ("freemerge", "merge", "recipe.yml", "OUT"),
+) -> None:
+    """Write the model card README.md.
+
+    Args:
+        recipe: YAML text.
+        experts: names of the experts in experts/.
+        command: reproduces the result; recipe.yml in it stands for `recipe`.
+    """
+    import yaml
+
+    licenses = sorted({item.license or "unknown" for item in inputs})
+    front: dict[str, object] = {
+        "base_model": list(dict.fromkeys(item.name.partition("@")[0] for item in inputs)),
+        "library_name": "transformers",
+        "tags": ["merge", "freemerge"],
+        "license": licenses[0] if len(licenses) == 1 and licenses[0] != "unknown" else "other",
+    }
+    if front["license"] == "other":
+        front["license_name"] = "see-inputs"
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {method} merge of {', '.join(item.name for item in inputs)}\n",
+        f"Made by freemerge {__version__} with the method `{method}`.\n",
+        _license_section(inputs) if front["license"] == "other" else "",
+        _expert_section(experts) if experts else "",
+        f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n",
+        f"This command makes it again{' from the recipe' if 'recipe.yml' in command else ''}:\n\n    {shlex.join(command)}\n",
+        f"`freemerge verify OUT` compares every tensor with the checksums in `{MANIFEST}`.\n",
+    ]
+    write_file(folder / CARD, "\n".join(section for section in sections if section).encode())
+
+
+def _license_section(inputs: Sequence[MergeInput]) -> str:
+    lines = [f"- {item.name} ({item.role}): {item.license or 'none stated'}" for item in inputs]
+    return "\n".join(
+        [
+            "## License\n",
+            "The inputs do not share one stated license; whoever uses this model has to comply with each of them:\n",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _expert_section(experts: Sequence[str]) -> str:
+    lines = [f"- `experts/{name}.safetensors`" for name in experts]
+    example = f"    freemerge experts apply OUT {experts[0]} {experts[0]}-model"
+    return "\n".join(
+        [
+            "## Experts\n",
+            "Beside the merged backbone lie sparse experts, one for each task:\n",
+            *lines,
+            "",
+            "Backbone and expert make a plain checkpoint for that task:\n",
+            example,
+            "",
+        ]
+    )

@@ -1,0 +1,120 @@
+"""freemerge.json: what a result was made from and by, and a checksum for each of its tensors and files.
+
+It depends on recipe, inputs and versions alone: no dates, no directories of this machine, so equal merges are equal directories.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from freemerge import __version__
+from freemerge.checkpoint.checksum import checksum, checksum_file
+from freemerge.checkpoint.dtypes import NAMES
+from freemerge.checkpoint.layout import ShardPlan
+from freemerge.checkpoint.reader import Checkpoint
+from freemerge.checkpoint.writer import write_file
+from freemerge.errors import CheckpointError
+
+MANIFEST = "freemerge.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """One input as card and manifest name it: `role` is base, expert, backbone, ...; `fingerprint` as of Checkpoint."""
+
+    label: str
+    role: str
+    license: str | None
+    fingerprint: Mapping[str, Mapping[str, object]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, role: str) -> "MergeInput":
+        return cls(checkpoint.label, role, checkpoint.license(), checkpoint.fingerprint())
+
+    @property
+    def name(self) -> str:
+        """The label without the directories of this machine: the name on the hub, or the last component of a path."""
+        path = PurePath(self.label)
+        is_hub_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..", "~")
+        return self.label if is_hub_name else path.name or "input"
+
+
+def backbone_fingerprint(checksums: Mapping[str, str]) -> str:
+    """What identifies a set of weights: a checksum over the names and checksums of all tensors."""
+    return checksum("".join(f"{name}\0{digest}\n" for name, digest in sorted(checksums.items())).encode())
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    recipe: Mapping[str, object],
+    inputs: Sequence[MergeInput],
+    shards: Sequence[ShardPlan],
+    checksums: Mapping[str, str],
+    experts: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """Write freemerge.json; the last file of a result, since it holds checksums of the others.
+
+    Args:
+        folder: where the whole result stands.
+        recipe: plain data (what YAML can hold).
+        shards: as written.
+        checksums: of every tensor, by name.
+        experts: facts to note of experts/<name>.safetensors, by name.
+    """
+    tensors = {
+        entry.name: {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "shard": shard.filename,
+            "checksum": checksums[entry.name],
+        }
+        for shard in shards
+        for entry in shard.entries
+    }
+    shard_names = {shard.filename for shard in shards}
+    manifest = {
+        "format": FORMAT,
+        "versions": {"freemerge": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        "recipe": recipe,
+        "inputs": [_input_facts(item) for item in inputs],
+        "backbone": backbone_fingerprint(checksums),
+        "tensors": dict(sorted(tensors.items())),
+        "experts": {name: {"file": f"experts/{name}.safetensors", **facts} for name, facts in (experts or {}).items()},
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "checksum": checksum_file(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in {MANIFEST, *shard_names}
+        },
+    }
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict:
+    """freemerge.json as a dict. Raises CheckpointError where there is none or it is none."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it was not made by freemerge, or it was copied in part"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}, the one this freemerge reads")
+    return manifest
+
+
+def _input_facts(item: MergeInput) -> dict:
+    # When a file was written says nothing about what is in it.
+    files = {
+        file: {key: value for key, value in facts.items() if key != "mtime_ns"}
+        for file, facts in item.fingerprint.items()
+    }
+    return {"name": item.name, "role": item.role, "license": item.license, "files": files}
