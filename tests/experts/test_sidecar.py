@@ -1,0 +1,167 @@
+"""An expert's file holds what was written, and says what is wrong with it."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from freemerge.errors import CheckpointError, OutputError
+from freemerge.experts.sidecar import SidecarWriter, SparseEntry, read_expert
+from freemerge.kernels.array import BFLOAT16, SparseRows, column_dtype, rows_of
+from freemerge.testing import write_safetensors
+
+METADATA = {"expert": "math", "method": "free", "mode": "add", "backbone": "0" * 32}
+
+
+def random_rows(shape, seed, density=0.3):
+    rng = np.random.default_rng(seed)
+    height, width = rows_of(shape)
+    chosen = rng.random((height, width)) < density
+    offsets = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))]).astype(np.int64)
+    columns = np.nonzero(chosen)[1].astype(column_dtype(width))
+    return SparseRows(offsets, columns, rng.standard_normal(len(columns)).astype(np.float32), shape)
+
+
+def write_expert(path, tensors, starts=None, scales=1.0, **metadata):
+    starts = starts or {}
+    entries = [SparseEntry(n, r.shape, r.count, starts[n].dtype if n in starts else None) for n, r in tensors.items()]
+    out = SidecarWriter(path, entries, fsync=False)
+    for name, rows in tensors.items():
+        out.write(name, rows, starts.get(name))
+    out.finish(METADATA | metadata, scales)
+
+
+def assert_same_rows(found, expected):
+    assert found.shape == expected.shape
+    for part in ("offsets", "columns", "values"):
+        assert getattr(found, part).dtype == getattr(expected, part).dtype
+        np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
+
+
+names = st.text(min_size=1, max_size=10).filter(str.isprintable)
+shapes = st.one_of(st.lists(st.integers(0, 9), max_size=3).map(tuple), st.just((2, 65537)))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    described=st.dictionaries(names, st.tuples(shapes, st.integers(0, 99), st.floats(-1e300, 1e300)), max_size=5),
+    start_dtype=st.sampled_from([None, BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)]),
+)
+def test_round_trip(tmp_path_factory, described, start_dtype):
+    path = tmp_path_factory.mktemp("expert") / "math.safetensors"
+    tensors = {name: random_rows(shape, seed) for name, (shape, seed, _) in described.items()}
+    scales = {name: scale for name, (_, _, scale) in described.items()}
+    starts = {n: np.arange(r.count).astype(start_dtype) for n, r in tensors.items()} if start_dtype else {}
+    write_expert(path, tensors, starts, scales, mode="replace" if start_dtype else "add", mu=6.5)
+    expert = read_expert(path)
+    assert (expert.name, expert.metadata["mu"]) == ("math", "6.5")
+    assert expert.tensors.keys() == tensors.keys()
+    for name, rows in tensors.items():
+        assert_same_rows(expert.tensors[name], rows)
+        assert not expert.tensors[name].values.flags.writeable
+        assert expert.scale(name) == scales[name]
+        if start_dtype:
+            np.testing.assert_array_equal(expert.start(name), starts[name])
+        else:
+            assert expert.start(name) is None
+
+
+def test_safetensors_reads_it(tmp_path):
+    rows = random_rows((7, 11), 0)
+    write_expert(tmp_path / "math.safetensors", {"a": rows}, scales=2.0)
+    with safe_open(tmp_path / "math.safetensors", "np") as file:
+        np.testing.assert_array_equal(file.get_tensor("values/a"), rows.values)
+        assert json.loads(file.metadata()["tensors"]) == {"a": {"shape": [7, 11], "scale": 2.0}}
+
+
+def test_checksum_is_that_of_what_was_written(tmp_path):
+    rows = random_rows((5, 6), 0)
+    entries = [SparseEntry("a", (5, 6), rows.count)]
+    first = SidecarWriter(tmp_path / "math.safetensors", entries, fsync=False)
+    written = first.write("a", rows)
+    assert first.checksum("a") == written
+    first.close()
+    again = SidecarWriter(tmp_path / "math.safetensors", entries, fsync=False)
+    assert again.checksum("a") == written
+    other = SparseRows(rows.offsets, rows.columns, -rows.values, rows.shape)
+    assert again.write("a", other) != written
+    again.close()
+
+
+def test_equal_experts_are_equal_files(tmp_path):
+    tensors = {name: random_rows((3, 4), seed) for seed, name in enumerate("ab")}
+    write_expert(tmp_path / "x.safetensors", tensors, mu=1, density=0.1)
+    write_expert(tmp_path / "y.safetensors", dict(reversed(tensors.items())), density=0.1, mu=1)
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+def test_what_was_not_announced_is_refused(tmp_path):
+    rows = random_rows((5, 6), 0)
+    out = SidecarWriter(tmp_path / "x.safetensors", [SparseEntry("a", (5, 6), rows.count)], fsync=False)
+    with pytest.raises(ValueError, match="announced"):
+        out.write("a", random_rows((5, 6), 1))
+    with pytest.raises(ValueError, match="announced"):
+        out.write("a", rows, np.zeros(rows.count, np.float32))
+    with pytest.raises(ValueError, match="columns/a is uint32"):
+        out.write("a", SparseRows(rows.offsets, rows.columns.astype(np.uint32), rows.values, rows.shape))
+    with pytest.raises(ValueError, match="backbone"):
+        out.finish({"expert": "x", "method": "free", "mode": "add"}, 1.0)
+    with pytest.raises(OutputError, match="longer than the room"):
+        out.finish(METADATA | {"note": "x" * 20_000}, 1.0)
+    out.close()
+
+
+def test_an_unfinished_expert_is_none(tmp_path):
+    out = SidecarWriter(tmp_path / "x.safetensors", [SparseEntry("a", (5, 6), 3)], fsync=False)
+    out.close()
+    with pytest.raises(CheckpointError, match="never finished"):
+        read_expert(tmp_path / "x.safetensors")
+
+
+def damaged(**changes):
+    rows = random_rows((5, 6), 0)
+    tensors = {"offsets/a": rows.offsets, "columns/a": rows.columns, "values/a": rows.values}
+    metadata = {"format": "freemerge-expert", "version": "1", **METADATA}
+    metadata["tensors"] = '{"a":{"shape":[5,6],"scale":1.0}}'
+    for key, value in changes.items():
+        group = metadata if isinstance(value, str) or key in metadata else tensors
+        name = key if group is metadata else f"{key}/a"
+        if value is None:
+            del group[name]
+        else:
+            group[name] = value
+    return tensors, metadata
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "other"}, "not an expert"),
+        ({"version": "2"}, "format version 2"),
+        ({"backbone": None}, "lack backbone"),
+        ({"mode": "xor"}, "'xor', not add or replace"),
+        ({"mode": "replace"}, "start/a is missing"),
+        ({"tensors": "{"}, "do not describe"),
+        ({"tensors": "[]"}, "do not describe"),
+        ({"tensors": '{"a":{"shape":"x","scale":1}}'}, "do not describe"),
+        ({"tensors": '{"b":{"shape":[5,6],"scale":1}}'}, "values/b is missing"),
+        ({"tensors": '{"a":{"shape":[4,6],"scale":1}}'}, "offsets/a is int64"),
+        ({"columns": None}, "columns/a is missing"),
+        ({"columns": np.zeros(3, np.uint16)}, "columns/a is uint16"),
+        ({"offsets": np.zeros(6, np.int32)}, "offsets/a is int32"),
+    ],
+    ids=str,
+)
+def test_damage_is_named(tmp_path, changes, said):
+    tensors, metadata = damaged(**changes)
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(CheckpointError, match=said):
+        read_expert(tmp_path / "x.safetensors")
+
+
+def test_an_undamaged_expert_is_read(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", *damaged())
+    assert list(read_expert(tmp_path / "x.safetensors").tensors) == ["a"]
