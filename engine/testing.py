@@ -1,4 +1,4 @@
-"""For tests and benchmarks: poisoned outputs, random arrays of any dtype, tiny checkpoints with real names and shapes."""
+"""For tests and benchmarks: poisoned outputs, random arrays of any dtype, tiny checkpoints with real names."""
 
 import json
 import os
@@ -42,8 +42,10 @@ def versions(op: str) -> list[str]:
     return ["cpu"] if hasattr(dispatch._cpu, op) else []
 
 
-def write_safetensors(path: str | os.PathLike, tensors: dict[str, Array], metadata: dict[str, str] | None = None) -> None:
-    """The format in a dozen lines, apart from freemerge's own writer, so that reader and writer can be tested against it."""
+def write_safetensors(
+    path: str | os.PathLike, tensors: dict[str, Array], metadata: dict[str, str] | None = None
+) -> None:
+    """The format in a dozen lines, apart from freemerge's writer: something to test reader and writer against."""
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, array in tensors.items():
@@ -60,7 +62,7 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, Array], metada
 def write_checkpoint(
     folder: str | os.PathLike, tensors: dict[str, Array], *, shards: int = 1, config: dict | None = None
 ) -> Path:
-    """A checkpoint directory: model.safetensors, or its index and `shards` files of as many tensors each; config.json if given."""
+    """A checkpoint directory: model.safetensors, or an index and `shards` files of about as many tensors each."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -82,7 +84,7 @@ def write_checkpoint(
 
 
 def tiny_llama(seed: int, *, dtype=np.float32, scale: float = 0.02, **overrides) -> dict[str, Array]:
-    """The tensors of a LlamaForCausalLM of `tiny_llama_config(**overrides)`, normal numbers times `scale` (norms: around one)."""
+    """A LlamaForCausalLM of `tiny_llama_config(**overrides)`: normal numbers times `scale`, norms around one."""
     config = tiny_llama_config(**overrides)
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -127,7 +129,7 @@ def tiny_llama_config(**overrides) -> dict:
 
 
 def tiny_vit(seed: int, *, dtype=np.float32, scale: float = 0.02, **overrides) -> dict[str, Array]:
-    """The tensors of a ViTForImageClassification of `tiny_vit_config(**overrides)`; they have 1, 2, 3 and 4 dimensions."""
+    """A ViTForImageClassification of `tiny_vit_config(**overrides)`: tensors of 1, 2, 3 and 4 dimensions."""
     config = tiny_vit_config(**overrides)
     hidden, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
     patches, channels = (config["image_size"] // patch) ** 2, config["num_channels"]

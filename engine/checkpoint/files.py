@@ -30,7 +30,20 @@ SIDE_FILES = (
     "spiece.*",
     "sentencepiece*",
 )
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".py", ".md")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+    ".py",
+    ".md",
+)
 BLOCKS, BLOCK = 64, 4096  # of a file's content hash
 
 
@@ -58,15 +71,17 @@ def check_unchanged(states: dict[Path, FileState]) -> None:
         except OSError as error:
             problems.append(f"{path} is gone ({error.strerror})")
     if problems:
-        raise ChangedInputError(f"while it was read, {', '.join(problems)}. Start again when nothing writes to the inputs.")
+        raise ChangedInputError(
+            f"while it was read, {', '.join(problems)}. Start again when nothing writes to the inputs."
+        )
 
 
 def fingerprint(path: Path, header_length: int) -> dict:
     """Size, modification time in ns and a cheap content hash of `path`, JSON-able.
 
-    The hash is xxh3_128 over the size, the first `header_length` bytes (all names, dtypes, shapes), 64 evenly spaced blocks of 4 KiB
-    and the last one: it sees another training run, another dtype, a renamed tensor; an edit of single weights only by luck or by
-    its mtime.
+    The hash is xxh3_128 over the size, the first `header_length` bytes (all names, dtypes, shapes), 64 evenly spaced
+    blocks of 4 KiB and the last one. It sees another training run, another dtype, a renamed tensor; an edit of single
+    weights only by luck, or by its mtime.
     """
     state = FileState.of(path)
     content = xxhash.xxh3_128(state.size.to_bytes(8, "little"))

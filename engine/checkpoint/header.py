@@ -1,6 +1,7 @@
 """The head of a safetensors file: 8 bytes of length, that much JSON, then the tensors without a gap. Strictly checked.
 
-What the format's own reader refuses is refused here, and more: names given twice, entries with unknown keys, sizes no array can have.
+What the format's own reader refuses is refused here, and more: names given twice, entries with unknown keys, sizes no
+array can have.  Source: github.com/huggingface/safetensors, README.md and safetensors/src/tensor.rs.
 """
 
 import json
@@ -23,8 +24,10 @@ REMEDY = "Download or write the file again."
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor: `offset` counts bytes from the start of `file`. Both say nothing for tensors that are not mapped from a file
-    (pickled checkpoints: `offset` is 0; in memory: `file` is None)."""
+    """One stored tensor; `offset` counts bytes from the start of `file`.
+
+    Without a mapped file there is none: `offset` is 0 in pickled checkpoints, `file` is None in memory.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -122,7 +125,7 @@ def parse_header(text: bytes, data_size: int, path: Path) -> Header:
 
 
 def parse_json(text: bytes) -> dict:
-    """A JSON object as dict; duplicate keys, numbers that are not sizes, bad UTF-8 and boundless nesting raise Malformed."""
+    """A JSON object as dict. Duplicate keys, numbers that are no sizes, bad UTF-8, deep nesting raise Malformed."""
     if text[:1] != b"{":
         raise Malformed("not a safetensors file: its header does not start with '{'")
     try:
@@ -151,7 +154,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _size(digits: str) -> int:
-    # Before int() sees them: it would take quadratic time over millions of digits. "-0" is no size to the format's own reader either.
+    # Before int() sees them: millions of digits take it quadratic time. The format's own reader refuses "-0" too.
     if digits[0] == "-" or len(digits) > 19:
         _no_number(digits)
     return int(digits)
@@ -190,7 +193,9 @@ def _tensor(entry: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
         raise Malformed(f"shape {list(shape)} is larger than any memory")
     needed = math.prod(shape) * dtype.itemsize
     if end - begin != needed:
-        raise Malformed(f"{entry['dtype']} {list(shape)} takes {needed} bytes, its offsets [{begin}, {end}] hold {end - begin}")
+        raise Malformed(
+            f"{entry['dtype']} {list(shape)} takes {needed} bytes, its offsets [{begin}, {end}] hold {end - begin}"
+        )
     return dtype, shape, begin, end
 
 

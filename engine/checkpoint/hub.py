@@ -12,7 +12,7 @@ IGNORED = ("*/*", "consolidated*", "*.fp16.*", "training_args.bin", "optimizer.b
 
 
 def download(name: str, revision: str | None, *, allow_pickle: bool) -> Path:
-    """The directory of a snapshot of `name` with its weights, config and tokenizer; what the cache has is not fetched again.
+    """The directory of a snapshot of `name`: weights, config, tokenizer. What the cache has is not fetched again.
 
     Raises:
         CheckpointError: neither the hub nor the cache has it.
@@ -21,7 +21,9 @@ def download(name: str, revision: str | None, *, allow_pickle: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UnavailableError(f"{name} would be fetched with huggingface_hub, which is not installed ({error})") from None
+        raise UnavailableError(
+            f"{name} would be fetched with huggingface_hub, which is not installed ({error})"
+        ) from None
 
     def fetch(weights):
         patterns = [*weights, *SIDE_FILES, "README.md"]
@@ -38,7 +40,7 @@ def download(name: str, revision: str | None, *, allow_pickle: bool) -> Path:
 
 def _explain(name: str, revision: str | None, error: Exception) -> str:
     at = f" at revision {revision}" if revision else ""
-    reason = " ".join(str(error).split())[:300]
-    problem = f"{name}: no such local directory, and not found on the hub{at} or in its cache ({type(error).__name__}: {reason})"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    problem = f"{name}: no such local directory, and not found on the hub{at} or in its cache ({reason})"
     remedy = "Check the name; without a network (or with HF_HUB_OFFLINE=1) fetch it first where there is one: "
     return listed([problem], f"{remedy}hf download {name}{f' --revision {revision}' if revision else ''}")

@@ -9,7 +9,7 @@ SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 
 
 def examine_index(path: Path) -> dict[str, str]:
-    """`weight_map` of an index file: tensor name to shard, a path inside the index's own directory. Raises Malformed."""
+    """`weight_map` of an index file: tensor name to shard, a path within the index's directory. Raises Malformed."""
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except OSError as error:

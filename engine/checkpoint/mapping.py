@@ -23,7 +23,7 @@ else:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The bytes of `path`, read-only. They stay mapped, even if the file is unlinked, until the last view of them goes."""
+    """The bytes of `path`, read-only. They stay mapped, even if it is unlinked, until the last view of them goes."""
     for retry in (True, False):
         try:
             with open(path, "rb") as file:
@@ -35,7 +35,7 @@ def map_file(path: Path) -> np.ndarray:
 
 
 def _allow_more_files() -> bool:
-    # Each mapping keeps a descriptor (Python < 3.13 cannot avoid it), and ten experts of 190 shards exceed the usual soft limit.
+    # Python's mappings each keep a descriptor, and ten experts of 190 shards exceed the usual soft limit.
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -46,10 +46,10 @@ def _allow_more_files() -> bool:
 
 
 def prefetch(view: np.ndarray) -> None:
-    """Have the pages of a contiguous view of a mapping ready: mapped if they are cached, else on their way from the disk.
+    """Have the pages of a contiguous view of a mapping ready: mapped if they are cached, else on their way from disk.
 
-    Mapping cached pages ahead costs less than the faults it saves; reading ahead what is cached costs more, and mapping what is not
-    would wait for the disk. So some pages are asked first. (mincore answers "cached" for files of other users.)
+    Mapping cached pages ahead costs less than the faults it saves; advice to read what is cached costs more, and
+    mapping what is not waits for the disk. So some pages are asked first. (mincore says "cached" of files of other users.)
     """
     if _libc is None or not view.nbytes:
         return

@@ -1,6 +1,6 @@
 """A checkpoint that is a dict of arrays: the same attributes and methods as reader.Checkpoint, without files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,15 @@ class MemoryCheckpoint:
 
     def __init__(self, state_dict: Mapping[str, object], label: str):
         self.label, self.path, self.files, self.config = label, None, (), None
-        self._given, arrays, problems = dict(state_dict), {}, []
-        for name, value in self._given.items():
-            try:
-                arrays[name] = as_array(value)
-            except ValueError as error:
-                problems.append(f"{label}: {shown(name)}: {error}")
+        self._given = dict(state_dict)
+        self._arrays, problems = as_arrays(self._given)
         if problems:
-            raise CheckpointError(listed(problems, "Pass NumPy arrays or CPU torch tensors of real numbers."))
-        self.tied = find_tied(self._given.items())
-        self._arrays = {name: _readonly(arrays[name]) for name in sorted(arrays)}
+            text = listed(
+                (f"{label}: {problem}" for problem in problems),
+                "Pass NumPy arrays or CPU torch tensors of real numbers.",
+            )
+            raise CheckpointError(text)
+        self.tied = find_tied(self._given)
         self.tensors = {name: TensorInfo(array.dtype, array.shape, 0, None) for name, array in self._arrays.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -46,13 +45,15 @@ class MemoryCheckpoint:
     release = prefetch
 
     def fingerprint(self) -> dict:
-        """Under the label: size in bytes and xxh3_128 over names, dtypes, shapes and both ends (4 KiB) of every tensor."""
+        """Under the label: size in bytes, xxh3_128 over names, dtypes, shapes and both ends (4 KiB) of every tensor."""
         content = xxhash.xxh3_128()
         for name, array in self._arrays.items():
             content.update(f"{name} {array.dtype} {array.shape};".encode("utf-8", "surrogatepass"))
             data = array.reshape(-1).view(np.uint8)
             content.update(data[:4096].tobytes() + data[-4096:].tobytes())
-        return {self.label: {"size": sum(info.nbytes for info in self.tensors.values()), "xxh3_128": content.hexdigest()}}
+        return {
+            self.label: {"size": sum(info.nbytes for info in self.tensors.values()), "xxh3_128": content.hexdigest()}
+        }
 
     def check_unchanged(self) -> None:
         """Nothing to do: whoever passes a dict keeps its arrays still."""
@@ -73,6 +74,17 @@ class MemoryCheckpoint:
         self.close()
 
 
+def as_arrays(state_dict: Mapping[str, object]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read-only arrays sorted by name, and what is wrong with those values that cannot be one."""
+    arrays, problems = {}, []
+    for name, value in sorted(state_dict.items(), key=lambda item: str(item[0])):
+        try:
+            arrays[name] = _readonly(as_array(value))
+        except ValueError as error:
+            problems.append(f"{shown(name)}: {error}")
+    return arrays, problems
+
+
 def as_array(value: object) -> np.ndarray:
     """A NumPy array or CPU torch tensor as a contiguous array of a dtype freemerge stores. Raises ValueError."""
     if not isinstance(value, np.ndarray) and not is_torch(value):
@@ -83,11 +95,11 @@ def as_array(value: object) -> np.ndarray:
     return array if array.flags.c_contiguous else array.copy(order="C")
 
 
-def find_tied(tensors: Iterable[tuple[str, object]]) -> dict[str, str]:
+def find_tied(state_dict: Mapping[str, object]) -> dict[str, str]:
     """Name to the first name with the same memory: same address, shape, strides and dtype."""
     first: dict[tuple, str] = {}
     tied = {}
-    for name, value in tensors:
+    for name, value in state_dict.items():
         key = _memory(value)
         if key is not None and first.setdefault(key, name) != name:
             tied[name] = first[key]

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from freemerge.checkpoint.header import TensorInfo, shown
-from freemerge.checkpoint.memory import MemoryCheckpoint
+from freemerge.checkpoint.memory import as_arrays, find_tied
 from freemerge.checkpoint.reader import Checkpoint
 from freemerge.checkpoint.source import Source
 from freemerge.checkpoint.torch_arrays import is_torch
-from freemerge.errors import CheckpointError, UnavailableError
+from freemerge.errors import UnavailableError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 HEADER = 1 << 16  # bytes at a file's start that its fingerprint takes whole
@@ -31,22 +31,20 @@ class PickledCheckpoint(Checkpoint):
             homes |= dict.fromkeys(loaded, file)
         if source.weight_map is not None and not problems:
             problems += self._missing(source.weight_map, tensors)
-        try:
-            self._arrays = MemoryCheckpoint(tensors, self.label)
-        except CheckpointError as error:
-            problems.append(str(error))
-            return {}
-        self.tied = self._arrays.tied
-        return {
-            name: TensorInfo(info.dtype, info.shape, 0, homes[name]) for name, info in self._arrays.tensors.items()
-        }
+        self._arrays, unfit = as_arrays(tensors)
+        problems += unfit
+        self.tied = find_tied(tensors)
+        return {name: TensorInfo(array.dtype, array.shape, 0, homes[name]) for name, array in self._arrays.items()}
 
     def _missing(self, weight_map: dict[str, str], tensors: dict) -> list[str]:
-        gone = [f"{shown(name)} is in {weight_map[name]} by the index, but not there" for name in weight_map.keys() - tensors.keys()]
+        gone = [
+            f"{shown(name)} is in {weight_map[name]} by the index, but not there"
+            for name in weight_map.keys() - tensors.keys()
+        ]
         return sorted(gone + [f"{shown(name)} is not in the index" for name in tensors.keys() - weight_map.keys()])
 
     def read(self, name: str) -> np.ndarray:
-        return self._arrays.read(name)
+        return self._arrays[name]
 
     def _advise(self, advice, name: str, begin: int, end: int | None) -> None:
         # Old files are not mapped but loaded, and memory that is not a file's must not be advised away.
@@ -56,7 +54,7 @@ class PickledCheckpoint(Checkpoint):
         return HEADER
 
     def close(self) -> None:
-        self._arrays.close()
+        self._arrays = {}
 
 
 def _load(file: Path) -> dict:
@@ -83,7 +81,9 @@ def _state_dict(loaded: object) -> dict:
         raise ValueError(f"holds a {type(loaded).__name__}, not a dict of tensors")
     inner = [loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), dict)]
     if len(inner) > 1:
-        raise ValueError(f"holds several state dicts ({', '.join(key for key in WRAPPERS if key in loaded)}); save the one you mean")
+        raise ValueError(
+            f"holds several state dicts ({', '.join(key for key in WRAPPERS if key in loaded)}); save the one you mean"
+        )
     if inner:
         return _state_dict(inner[0])
     other = [shown(key) for key, value in loaded.items() if not (isinstance(key, str) and is_torch(value))]

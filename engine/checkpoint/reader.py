@@ -1,6 +1,7 @@
 """Checkpoints on disk: safetensors, single or sharded, mapped; tensors are views of the files."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -16,7 +17,8 @@ def open_checkpoint(source: str | os.PathLike, *, allow_pickle: bool = False) ->
     """Open `source` and check all of its headers; no tensor is read.
 
     Args:
-        source: a directory, a weight file, an index, or `org/name[@revision]` on the hub (asked only where no such path exists).
+        source: a directory, a weight file, an index, or `org/name[@revision]` on the hub, asked only where there is no
+            such path.
         allow_pickle: read pickled weights too, by torch's weights_only loader.
 
     Raises:
@@ -38,7 +40,7 @@ class Checkpoint:
         path: its directory.
         files: its weight files, in order.
         tensors: every tensor's TensorInfo by name, sorted.
-        tied: name to the name whose memory it shares; a safetensors file stores such a tensor once, so there it is empty.
+        tied: name to the name whose memory it shares. Empty for safetensors files, which store such a tensor once.
         config: config.json, None if there is none.
     """
 
@@ -66,11 +68,13 @@ class Checkpoint:
                 problems += (f"{self._name(file)}: {problem}" for problem in error.problems)
                 continue
             self._data_starts[file] = header.length
-            problems += few([
-                f"{shown(name)} is in both {self._name(tensors[name].file)} and {self._name(file)}"
-                for name in header.tensors
-                if name in tensors
-            ])
+            problems += few(
+                [
+                    f"{shown(name)} is in both {self._name(tensors[name].file)} and {self._name(file)}"
+                    for name in header.tensors
+                    if name in tensors
+                ]
+            )
             tensors |= header.tensors
         if source.weight_map is not None:
             problems += self._disagreements(source.weight_map, tensors)
@@ -100,7 +104,9 @@ class Checkpoint:
                 self.check_unchanged()
                 mapped = mapping.map_file(file)
                 if mapped.nbytes != self._states[file].size:
-                    raise ChangedInputError(f"{file} changed while it was opened. Start again when nothing writes to the inputs.")
+                    raise ChangedInputError(
+                        f"{file} changed while it was opened. Start again when nothing writes to the inputs."
+                    )
                 self._maps[file] = mapped
             return self._maps[file]
 
@@ -109,14 +115,12 @@ class Checkpoint:
         self._advise(mapping.prefetch, name, begin, end)
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Elements [begin, end) are done with: their pages leave this process, not the cache. Reading again is allowed."""
+        """Elements [begin, end) are done with: their pages leave this process, not the cache, and can be read again."""
         self._advise(mapping.release, name, begin, end)
 
     def _advise(self, advice, name: str, begin: int, end: int | None) -> None:
-        try:
+        with suppress(OSError, ChangedInputError):  # reading will say it
             advice(self.read(name).reshape(-1)[begin:end])
-        except (OSError, ChangedInputError):
-            pass  # reading will say it
 
     def fingerprint(self) -> dict:
         """By file name: size, mtime_ns, xxh3_128 (files.fingerprint says of what)."""

@@ -13,16 +13,20 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.(bin|pt|pth|pkl)")
 ADAPTER = "adapter_model"
-PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")  # the names of whole models, where other files lie beside
+PREFERRED = (
+    "model",
+    "diffusion_pytorch_model",
+    "pytorch_model",
+)  # the names of whole models, where other files lie beside
 PICKLE_REMEDY = (
-    "A pickled checkpoint can run code when it is read carelessly; torch's weights_only loader refuses all but tensors. If you trust "
-    "its author, allow it with --allow-pickle (allow_pickle=True); better, save it as safetensors."
+    "A pickled checkpoint can run code when it is read carelessly; torch's weights_only loader refuses all but "
+    "tensors. If you trust its author, allow it with --allow-pickle (allow_pickle=True); better, save it as safetensors."
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """`weight_map` is None for a single file, else what the index says: tensor name to one of `files`, as names within `directory`."""
+    """`weight_map` is what the index says, tensor name to a path within `directory`; None for a single file."""
 
     label: str
     directory: Path
@@ -47,7 +51,10 @@ def find_source(source: str | os.PathLike, *, allow_pickle: bool) -> Source:
 def _from_hub(label: str, allow_pickle: bool) -> Path:
     if not HUB_NAME.fullmatch(label):
         raise CheckpointError(
-            listed([f"{label}: no such file or directory"], "Give a directory, a weight file, or a hub name like org/name[@revision].")
+            listed(
+                [f"{label}: no such file or directory"],
+                "Give a directory, a weight file, or a hub name like org/name[@revision].",
+            )
         )
     from freemerge.checkpoint.hub import download
 
@@ -57,14 +64,19 @@ def _from_hub(label: str, allow_pickle: bool) -> Path:
 
 def _in_directory(directory: Path, allow_pickle: bool) -> Path:
     names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file() or entry.is_symlink())
-    candidates = _whole_models(directory, [name for name in names if name.endswith((".safetensors", SUFFIXES[0]))], SUFFIXES[0])
+    candidates = _whole_models(
+        directory, [name for name in names if name.endswith((".safetensors", SUFFIXES[0]))], SUFFIXES[0]
+    )
     if not candidates:
         pickled = [name for name in names if name.endswith((*PICKLED, SUFFIXES[1])) and not NOT_WEIGHTS.fullmatch(name)]
         if pickled and not allow_pickle:
             raise Malformed(f"holds no safetensors, only pickled weights ({_few_names(pickled)})", PICKLE_REMEDY)
         candidates = _whole_models(directory, pickled, SUFFIXES[1])
     if not candidates:
-        raise Malformed("holds no weights", "Give a directory with model.safetensors or model.safetensors.index.json and its shards.")
+        raise Malformed(
+            "holds no weights",
+            "Give a directory with model.safetensors or model.safetensors.index.json and its shards.",
+        )
     return directory / _choice(candidates)
 
 
@@ -85,7 +97,9 @@ def _choice(names: list[str]) -> str:
     adapters = [name for name in names if _stem(name) == ADAPTER]
     names = [name for name in names if name not in adapters]
     if not names:
-        raise Malformed(f"holds {adapters[0]}, a LoRA adapter and not a whole model", "Merge the adapter into its base model first.")
+        raise Malformed(
+            f"holds {adapters[0]}, a LoRA adapter and not a whole model", "Merge the adapter into its base model first."
+        )
     for stem in PREFERRED:
         preferred = [name for name in names if _stem(name) == stem]
         if preferred:
@@ -116,7 +130,9 @@ def _source(label: str, weights: Path, allow_pickle: bool) -> Source:
         raise Malformed(f"{name} is pickled" if name not in label else "is pickled", PICKLE_REMEDY)
     if not name.endswith(SUFFIXES):
         if not pickled and not name.endswith(".safetensors"):
-            raise Malformed("not a weight file", f"Known are .safetensors, {', '.join(PICKLED)} and {', '.join(SUFFIXES)}.")
+            raise Malformed(
+                "not a weight file", f"Known are .safetensors, {', '.join(PICKLED)} and {', '.join(SUFFIXES)}."
+            )
         return Source(label, directory, (weights,), None, pickled)
     weight_map = _weight_map(weights)
     files = tuple(directory / shard for shard in sorted(set(weight_map.values())))

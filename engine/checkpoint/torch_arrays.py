@@ -20,7 +20,7 @@ def is_torch(value: object) -> bool:
 
 
 def from_torch(tensor) -> np.ndarray:
-    """A CPU tensor's memory as an array; one that is not contiguous is copied. Raises ValueError saying why it cannot be."""
+    """A CPU tensor's memory as an array; one that is not contiguous is copied. Raises ValueError where none can be."""
     torch = sys.modules["torch"]
     if tensor.device.type != "cpu":
         raise ValueError(f"on {tensor.device}, not on the CPU; pass .cpu()")

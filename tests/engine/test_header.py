@@ -114,7 +114,8 @@ def test_refuses_names_nobody_can_use(refused, name, message):
 
 
 @pytest.mark.parametrize(
-    "entry", [None, [], "F32", 7, {}, {**GOOD, "strides": [1]}, {"dtype": "F32", "shape": [2, 3]}, ["F32", [2, 3], [0, 24]]]
+    "entry",
+    [None, [], "F32", 7, {}, {**GOOD, "strides": [1]}, {"dtype": "F32", "shape": [2, 3]}, ["F32", [2, 3], [0, 24]]],
 )
 def test_refuses_entries_of_another_form(refused, entry):
     assert "a: its entry is not {dtype, shape, data_offsets}" in refused({"a": entry})
@@ -181,7 +182,9 @@ def test_refuses_overlaps_and_holes_between_tensors(refused):
     overlap = {"a": GOOD, "b": {**GOOD, "data_offsets": [20, 44]}}
     assert "b: starts 4 bytes inside the tensor before it" in refused(overlap, data=44)
     assert "b: starts 24 bytes inside the tensor before it" in refused({"a": GOOD, "b": GOOD})
-    assert "b: 6 bytes before it belong to no tensor" in refused({"a": GOOD, "b": {**GOOD, "data_offsets": [30, 54]}}, data=54)
+    assert "b: 6 bytes before it belong to no tensor" in refused(
+        {"a": GOOD, "b": {**GOOD, "data_offsets": [30, 54]}}, data=54
+    )
     inside = {"a": GOOD, "b": {"dtype": "U8", "shape": [0], "data_offsets": [12, 12]}}
     assert "b: starts 12 bytes inside" in refused(inside)
 
@@ -200,7 +203,9 @@ def test_tells_all_problems_of_a_file_but_not_thousands(refused):
     assert "and 4980 more" in refused({str(i): i for i in range(5000)})
 
 
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo, lambda path: None], ids=["folder", "pipe", "nothing"])
+@pytest.mark.parametrize(
+    "make", [lambda path: path.mkdir(), os.mkfifo, lambda path: None], ids=["folder", "pipe", "nothing"]
+)
 def test_refuses_what_is_no_file_without_waiting_for_it(tmp_path, make):
     make(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"not a regular file|No such file"):

@@ -34,7 +34,11 @@ def test_arrays_are_shared_and_read_only():
 @pytest.mark.parametrize("dtype", TORCH, ids=str)
 @pytest.mark.parametrize("shape", [(4, 6), (), (0, 3)])
 def test_torch_tensors_go_through_without_a_copy(dtype, shape):
-    given = torch.arange(24.0).reshape(4, 6).to(dtype)[tuple(slice(n) for n in shape)] if shape else torch.tensor(1.0).to(dtype)
+    given = (
+        torch.arange(24.0).reshape(4, 6).to(dtype)[tuple(slice(n) for n in shape)]
+        if shape
+        else torch.tensor(1.0).to(dtype)
+    )
     checkpoint = MemoryCheckpoint({"w": given}, "mine")
     read = checkpoint.read("w")
     assert read.shape == shape
@@ -62,7 +66,13 @@ def test_parameters_lose_their_gradient_not_their_memory():
 @pytest.mark.parametrize("make", [np.ones, torch.ones])
 def test_shared_memory_is_tied(make):
     embedding, other = make((5, 4)), make((5, 4))
-    state = {"embed": embedding, "other": other, "head": embedding[:], "part": embedding[:2], "flat": embedding.reshape(4, 5)}
+    state = {
+        "embed": embedding,
+        "other": other,
+        "head": embedding[:],
+        "part": embedding[:2],
+        "flat": embedding.reshape(4, 5),
+    }
     assert MemoryCheckpoint(state, "mine").tied == {"head": "embed"}
 
 
@@ -76,7 +86,13 @@ def test_numpy_in_numpy_out():
 
 
 def test_all_unfit_values_are_named():
-    state = {"good": np.ones(2), "c": np.ones(2, complex), "q": [1.0], "s": torch.eye(2).to_sparse(), "z": torch.ones(1, dtype=torch.cfloat)}
+    state = {
+        "good": np.ones(2),
+        "c": np.ones(2, complex),
+        "q": [1.0],
+        "s": torch.eye(2).to_sparse(),
+        "z": torch.ones(1, dtype=torch.cfloat),
+    }
     state["swapped"] = np.ones(2, ">f4")
     state["meta"] = torch.ones(1, device="meta")
     with pytest.raises(CheckpointError) as caught:

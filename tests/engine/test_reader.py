@@ -153,7 +153,7 @@ def test_fingerprints_see_content_and_names(tmp_path):
 
 def test_all_problems_of_a_checkpoint_are_told_at_once(tmp_path):
     write_checkpoint(tmp_path, tiny_llama(0), shards=4)
-    first, second, third, fourth = sorted(tmp_path.glob("*.safetensors"))
+    first, second, third, _ = sorted(tmp_path.glob("*.safetensors"))
     first.write_bytes(first.read_bytes()[:-100])
     second.write_bytes(b"{}")
     tensors = load_file(third)
