@@ -49,7 +49,8 @@ def prefetch(view: np.ndarray) -> None:
     """Have the pages of a contiguous view of a mapping ready: mapped if they are cached, else on their way from disk.
 
     Mapping cached pages ahead costs less than the faults it saves; advice to read what is cached costs more, and
-    mapping what is not waits for the disk. So some pages are asked first. (mincore says "cached" of files of other users.)
+    mapping what is not waits for the disk. So some pages are asked first (mincore says "cached" of all pages of other
+    users' files).
     """
     if _libc is None or not view.nbytes:
         return

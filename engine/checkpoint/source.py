@@ -20,7 +20,8 @@ PREFERRED = (
 )  # the names of whole models, where other files lie beside
 PICKLE_REMEDY = (
     "A pickled checkpoint can run code when it is read carelessly; torch's weights_only loader refuses all but "
-    "tensors. If you trust its author, allow it with --allow-pickle (allow_pickle=True); better, save it as safetensors."
+    "tensors. If you trust its author, allow it with --allow-pickle (allow_pickle=True); better, have it saved "
+    "as safetensors."
 )
 
 
