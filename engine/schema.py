@@ -103,8 +103,6 @@ def _setting(value: Any) -> Any:
         value = [value]
     if not isinstance(value, list):
         return _scalar(value)
-    if not value:
-        raise ValueError("an empty list; give a value, a gradient or a list of {filter, value}")
     if any(isinstance(item, dict) for item in value):
         return [_filtered(item) for item in value]
     return [_scalar(item) for item in value]

@@ -126,10 +126,8 @@ def _check_variant(where: str, value: Any, method, shared: bool) -> list[str]:
 def _check_setting(value: Any, parameter) -> list[str]:
     if _is_filtered(value):
         return [problem for item in value for problem in _check_setting(item["value"], parameter)]
-    items = [value]
-    if isinstance(value, list) and parameter.kind != "patterns":
-        items = value
-    problems = []
+    items = value if isinstance(value, list) and parameter.kind != "patterns" else [value]
+    problems = [] if items else [f"an empty list is not {_expected(parameter)}"]
     for item in items:
         try:
             _converter(parameter)(item)

@@ -113,7 +113,7 @@ def test_all_problems_are_said_at_once():
             "out_dtype": "int64",
             "slices": [{"sources": []}],
             "modules": {"a": 1},
-            "parameters": {"weight": [], "scaling": {"filtr": "a", "value": 1}, "normalize": None},
+            "parameters": {"weight": [[1]], "scaling": {"filtr": "a", "value": 1}, "normalize": None},
             "tokenizer": {"source": "union", "tokens": {"<s>": {}}},
             "chat_template": "chatml",
         }
@@ -128,7 +128,7 @@ def test_all_problems_are_said_at_once():
         "out_dtype: int64 is no dtype to write",
         "slices: not yet: slices come with a later release; merge whole models",
         "modules: not yet",
-        "parameters.weight: an empty list",
+        "parameters.weight: [1]: a number",
         "parameters.scaling: 'filtr' in a filtered list, did you mean filter?",
         "parameters.normalize: None: a number",
         "tokenizer.source: not yet: the union of vocabularies",

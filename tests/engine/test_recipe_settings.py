@@ -123,6 +123,7 @@ def test_values_become_what_the_method_takes():
     values = resolved({"scaling": "1e-2", "normalize": 1.0, "steps": 3.0, "filtered": "attn", "rescale": 7})
     assert (values["scaling"], values["normalize"], values["steps"]) == (0.01, True, 3)
     assert (values["filtered"], values["rescale"]) == (("attn",), 7.0)
+    assert resolved({"filtered": []})["filtered"] == ()
     assert resolved({"filtered": ["attn", "mlp"], "rescale": "official"})["filtered"] == ("attn", "mlp")
 
 
@@ -142,6 +143,7 @@ def test_every_problem_with_the_method_is_said():
                 "normalize": "perhaps",
                 "scaling": [0.1, float("inf")],
                 "steps": 1.5,
+                "density": [],
                 "filtered": "(",
                 "rescale": True,
                 "lambda": 1,
@@ -156,6 +158,7 @@ def test_every_problem_with_the_method_is_said():
         "parameters: normalize: 'perhaps' is not true or false",
         "parameters: scaling: inf is not a finite number",
         "parameters: steps: 1.5 is not a whole number",
+        "parameters: density: an empty list is not a finite number",
         "parameters: filtered: '(' is not a regular expression or a list of them",
         "parameters: rescale: True is not a finite number or one of official, weighted",
         "parameters: variant: 'vit80' is none of toy, did you mean vit8?",
