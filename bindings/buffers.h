@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "freemerge/dtype.h"
@@ -32,6 +34,17 @@ inline void require_contiguous(const py::array& array) {
 inline Source source_of(const py::array& array) {
   require_contiguous(array);
   return {array.data(), dtype_of(array)};
+}
+
+inline Source source_of(const std::optional<py::array>& array) {
+  return array ? source_of(*array) : Source{nullptr, DType::f32};
+}
+
+// Rows are slices along the last dimension; a 0-d array is 1 x 1.
+inline std::pair<std::size_t, std::size_t> rows_of(const py::array& array) {
+  std::size_t rows = 1;
+  for (py::ssize_t dimension = 0; dimension + 1 < array.ndim(); ++dimension) rows *= static_cast<std::size_t>(array.shape(dimension));
+  return {rows, array.ndim() == 0 ? 1 : static_cast<std::size_t>(array.shape(array.ndim() - 1))};
 }
 
 inline std::vector<Source> sources_of(const std::vector<py::array>& arrays) {

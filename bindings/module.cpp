@@ -5,8 +5,14 @@
 
 namespace py = pybind11;
 
+void bind_add_elected(py::module_&);
 void bind_add_task_vectors(py::module_&);
 void bind_all_finite(py::module_&);
+void bind_apply_sparse_rows(py::module_&);
+void bind_count_magnitudes(py::module_&);
+void bind_magnitude_threshold(py::module_&);
+void bind_sparse_rows(py::module_&);
+void bind_task_vector_statistics(py::module_&);
 void bind_weighted_sum(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
@@ -14,7 +20,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return freemerge::isa_name(); });
   m.def("threads", &freemerge::threads);
   m.def("set_threads", &freemerge::set_threads);
+  bind_add_elected(m);
   bind_add_task_vectors(m);
   bind_all_finite(m);
+  bind_apply_sparse_rows(m);
+  bind_count_magnitudes(m);
+  bind_magnitude_threshold(m);
+  bind_sparse_rows(m);
+  bind_task_vector_statistics(m);
   bind_weighted_sum(m);
 }

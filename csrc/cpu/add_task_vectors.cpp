@@ -18,15 +18,7 @@ static void add_tile(const Source& base, const Source* experts, const float* wei
     const float weight = weights[t];
     for (std::size_t i = 0; i < n; ++i) total[i] += weight * task_vector[i];
   }
-  if (base.dtype == DType::f64) {  // the base keeps its precision: an unchanged weight stays what it was
-    alignas(64) double exact[TILE];
-    load_tile(base.at(start), base.dtype, n, exact);
-    for (std::size_t i = 0; i < n; ++i) exact[i] += total[i];
-    store_tile(exact, n, out.dtype, out.at(start));
-    return;
-  }
-  for (std::size_t i = 0; i < n; ++i) total[i] += base_tile[i];
-  store_tile(total, n, out.dtype, out.at(start));
+  store_sum_tile(base, base_tile, total, start, n, out);
 }
 
 void add_task_vectors(const Source& base, const Source* experts, const float* weights, int T, std::size_t n, const Target& out) {

@@ -196,5 +196,27 @@ void task_vector_tile(const Source& base, const float* base_tile, const Source& 
   for (std::size_t i = 0; i < n; ++i) tile[i] -= base_tile[i];
 }
 
+void task_vector_tile(const Source& base, const Source& expert, std::size_t start, std::size_t n, float* tile) {
+  if (!base) {
+    load_tile(expert.at(start), expert.dtype, n, tile);
+    return;
+  }
+  alignas(64) float base_tile[TILE];
+  load_tile(base.at(start), base.dtype, n, base_tile);
+  task_vector_tile(base, base_tile, expert, start, n, tile);
+}
+
+void store_sum_tile(const Source& base, const float* base_tile, float* total, std::size_t start, std::size_t n, const Target& out) {
+  if (base.dtype == DType::f64) {
+    alignas(64) double exact[TILE];
+    load_tile(base.at(start), base.dtype, n, exact);
+    for (std::size_t i = 0; i < n; ++i) exact[i] += total[i];
+    store_tile(exact, n, out.dtype, out.at(start));
+    return;
+  }
+  for (std::size_t i = 0; i < n; ++i) total[i] += base_tile[i];
+  store_tile(total, n, out.dtype, out.at(start));
+}
+
 }  // namespace FREEMERGE_ISA
 }  // namespace freemerge

@@ -18,10 +18,12 @@ inline std::size_t size_of(DType dtype) {
 }
 
 // A contiguous array to read. It may lie at any byte offset of a mapped file, so nothing is assumed of its alignment.
+// Null where there is none and an op allows that.
 struct Source {
   const void* data;
   DType dtype;
 
+  explicit operator bool() const { return data != nullptr; }
   const void* at(std::size_t index) const { return static_cast<const char*>(data) + index * size_of(dtype); }
 };
 

@@ -29,6 +29,11 @@ void store_tile(const double* tile, std::size_t n, DType dtype, void* target);
 // `base_tile` is base[i] as load_tile gives it, read once and used for every expert.
 void task_vector_tile(const Source& base, const float* base_tile, const Source& expert, std::size_t start, std::size_t n,
                       float* tile);
+// The same where the base is not needed for more than one expert; without a base the expert is a task vector itself.
+void task_vector_tile(const Source& base, const Source& expert, std::size_t start, std::size_t n, float* tile);
+
+// out[i] = round( base[i] + total[i] ). With a float64 base in double: an unchanged weight stays what it was. Overwrites `total`.
+void store_sum_tile(const Source& base, const float* base_tile, float* total, std::size_t start, std::size_t n, const Target& out);
 
 }  // namespace FREEMERGE_ISA
 }  // namespace freemerge
