@@ -42,6 +42,11 @@ def check_pair(base: Array | None, expert: Array) -> None:
         check_like("base", base, expert=expert)
 
 
+def check_magnitude(value: float) -> None:
+    if not value >= 0:
+        raise ShapeError(f"{value} is not a magnitude: give a number of at least 0")
+
+
 def check_count(name: str, values: Sequence, expected: int, of: str) -> None:
     if len(values) != expected:
         raise ShapeError(f"{len(values)} {name} for {expected} {of}")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from freemerge.kernels.array import Array, magnitude
-from freemerge.kernels.checks import check_pair
+from freemerge.kernels.checks import check_magnitude, check_pair
 from freemerge.kernels.dispatch import implementation
 
 
@@ -18,11 +18,12 @@ def count_magnitudes(base: Array | None, expert: Array, value: float) -> tuple[i
         value: a magnitude as float32, for example from magnitude_threshold.
 
     Raises:
-        ShapeError: arrays do not fit together.
+        ShapeError: arrays do not fit together, or `value` is negative or NaN.
 
     Source: METHODS.md section 0 (ties).
     """
     check_pair(base, expert)
+    check_magnitude(value)
     run = implementation("count_magnitudes", base) or count_magnitudes_reference
     return run(base, expert, value)
 

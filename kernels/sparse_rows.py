@@ -7,7 +7,7 @@ import numpy as np
 
 from freemerge.errors import ShapeError
 from freemerge.kernels.array import Array, SparseRows, column_dtype, magnitude, rows_of, task_vector
-from freemerge.kernels.checks import check_pair
+from freemerge.kernels.checks import check_magnitude, check_pair
 from freemerge.kernels.dispatch import implementation
 
 
@@ -60,6 +60,9 @@ def sparse_rows(
             raise ShapeError(f"ranks first={first} to last={last} of a {scope} of {most} elements")
     elif last is not None or first:
         raise ShapeError("give ranks (first, last) or thresholds (within), not both")
+    else:
+        check_magnitude(within.lower)
+        check_magnitude(within.upper)
     run = implementation("sparse_rows", expert) or sparse_rows_reference
     return SparseRows(*run(base, expert, first, last, scope, within), expert.shape)
 
