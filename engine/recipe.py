@@ -131,6 +131,12 @@ def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def named_experts(pairs: Sequence[tuple[str | None, str]]) -> dict[str, str]:
+    """Name -> model for pairs of a name, or None, and a model: nameless ones are named after their folder."""
+    taken = {name.lower() for name, _ in pairs if name}
+    return {name or _new_name(model, taken): model for name, model in pairs}
+
+
 def parse_value(text: str) -> Any:
     """A parameter's value as a recipe would have it after the colon.
 
@@ -230,10 +236,10 @@ def _share_out(method: str, parameters: dict, models: list[dict]) -> tuple[dict,
 
 
 def _by_name(key: str, values: Mapping, models: list[dict]) -> list[str]:
-    taken = {entry["name"].lower() for entry in models if entry["name"]}
-    for entry in models:
-        entry["name"] = entry["name"] or _new_name(entry["model"], taken)
-    entries = {entry["name"]: entry for entry in models}
+    names = named_experts([(entry["name"], entry["model"]) for entry in models])
+    for entry, name in zip(models, names, strict=True):
+        entry["name"] = name
+    entries = dict(zip(names, models, strict=True))
     for name, value in values.items():
         if name in entries:
             entries[name]["parameters"][key] = value

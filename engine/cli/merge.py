@@ -12,7 +12,9 @@ import typer
 
 from freemerge.cli.output import note, print_json, print_table, progress_bar
 from freemerge.errors import InputError
+from freemerge.sizes import parse_size, readable_size
 
+_BYTES = ("bytes", "memory", "largest")  # what the keys of sizes in bytes have in their names
 _NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)")
 
 
@@ -75,8 +77,8 @@ def command(
         "out": out,
         "device": device,
         "threads": threads,
-        "max_memory": max_memory,
-        "shard_size": shard_size,
+        "max_memory": parse_size(max_memory, "--max-memory"),
+        "shard_size": parse_size(shard_size, "--shard-size"),
         "resume": resume,
         "overwrite": overwrite,
         "allow_pickle": allow_pickle,
@@ -117,13 +119,14 @@ def _recipe(path: str, parameters: dict[str, Any], dtype: str | None) -> Path | 
 def _experts(values: list[str]) -> list[str] | dict[str, str]:
     """A list of models, or name -> model where one of them is named."""
     pairs = [_named_model(value) for value in values]
-    if not any(name for name, _ in pairs):
+    names = [name for name, _ in pairs if name]
+    if not names:
         return [model for _, model in pairs]
-    if unnamed := [model for name, model in pairs if not name]:
-        raise InputError(f"--expert: name all of them or none; {', '.join(unnamed)} has no NAME=")
-    if len(named := dict(pairs)) < len(pairs):
+    if len(set(names)) < len(names):
         raise InputError("--expert: two experts have the same name")
-    return named
+    from freemerge.recipe import named_experts
+
+    return named_experts(pairs)
 
 
 def _named_model(value: str) -> tuple[str | None, str]:
@@ -180,10 +183,8 @@ def _print_plan(plan, as_json: bool) -> None:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from freemerge.sizes import readable_size
-
     for key, value in summary.items():
-        if isinstance(value, int) and not isinstance(value, bool) and ("bytes" in key or "memory" in key):
+        if isinstance(value, int) and not isinstance(value, bool) and any(word in key for word in _BYTES):
             value = readable_size(value)
         elif isinstance(value, float):
             value = f"{value:.2f}"

@@ -1,5 +1,6 @@
 """The command line: what it makes of its arguments, what it prints, its exit codes. Merging is api's business."""
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from freemerge import cli
+from freemerge.cli.output import progress_bar
 from freemerge.errors import OutputError, PlanError
 from freemerge.recipe import load_recipe
 
@@ -106,6 +108,10 @@ class TestMerge:
         assert calls[0]["experts"] == {"math": "runs/1", "code": "runs/2"}
         assert calls[0]["weight"] == {"math": 0.1, "code": 2}
 
+    def test_names_are_found_for_the_others(self, calls):
+        run("merge", "-m", "linear", "-e", "runs/math", "-e", "math=runs/2", "-e", "other/math/", "O")
+        assert calls[0]["experts"] == {"math-2": "runs/math", "math": "runs/2", "math-3": "other/math/"}
+
     def test_a_path_with_an_equals_sign_is_no_name(self, calls, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         Path("lr=3").mkdir()
@@ -117,8 +123,8 @@ class TestMerge:
         answer = run("merge", recipe, "O", "--threads", 3, "--max-memory", "1GiB", "--shard-size", "2GB", *flags)
         expected = {
             "threads": 3,
-            "max_memory": "1GiB",
-            "shard_size": "2GB",
+            "max_memory": 1 << 30,
+            "shard_size": 2_000_000_000,
             "device": "auto",
             "resume": True,
             "overwrite": True,
@@ -167,10 +173,10 @@ class TestMerge:
             (["-m", "fr", "O", "-p", "a=1", "-p", "a=2"], "a is given twice"),
             (["-m", "fr", "O", "-p", "a=1", "-p", "a.b=2"], "a.b is given twice"),
             (["-m", "fr", "O", "-p", "a=["], "is not a value"),
-            (["-m", "fr", "O", "-e", "a=1", "-e", "2"], "2 has no NAME="),
             (["-m", "fr", "O", "-e", "a=1", "-e", "a=2"], "same name"),
             (["r.yml", "O", "--threads", "x"], "--threads"),
             (["r.yml", "O", "--nonsense"], "--nonsense"),
+            (["r.yml", "O", "--max-memory", "much"], "--max-memory much: not a size"),
         ],
     )
     def test_bad_arguments_end_with_2(self, calls, arguments, message):
@@ -218,6 +224,28 @@ class TestMethods:
     def test_a_typo(self):
         answer = run("methods", "task_aritmetic")
         assert (answer.exit_code, answer.stderr.strip()[-29:]) == (2, "did you mean task_arithmetic?")
+
+
+class TestProgressBar:
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def test_bytes_and_rate_on_a_terminal(self, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", self.Terminal())
+        with progress_bar("merging") as progress:
+            progress(1 << 20, 4 << 20)
+        drawn = sys.stderr.getvalue()
+        assert "merging" in drawn
+        assert "1.0/4.0 MiB" in drawn
+
+    def test_nothing_elsewhere_or_when_quiet(self, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        with progress_bar("merging") as progress:
+            assert progress is None
+        monkeypatch.setattr(sys, "stderr", self.Terminal())
+        with progress_bar("merging", quiet=True) as progress:
+            assert progress is None
 
 
 def test_info_names_every_op_and_why(monkeypatch):
