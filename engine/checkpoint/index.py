@@ -19,10 +19,11 @@ def examine_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if type(index) is dict else None
     if type(weight_map) is not dict or any(type(shard) is not str for shard in weight_map.values()):
         raise Malformed("has no weight_map of tensor names to files")
-    outside = [shard for shard in dict.fromkeys(weight_map.values()) if not _is_inside(shard)]
+    plain = {shard: PurePosixPath(shard).as_posix() for shard in weight_map.values()}
+    outside = [shard for shard in plain if not _is_inside(shard)]
     if outside:
         raise Malformed(*few([f"names {shown(shard)}, which is not a file of its own directory" for shard in outside]))
-    return weight_map
+    return {name: plain[shard] for name, shard in weight_map.items()}
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

@@ -82,9 +82,10 @@ class Checkpoint:
 
     def _disagreements(self, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
         problems = []
+        opened = {self._name(file): file for file in self._data_starts}
         for name, shard in weight_map.items():
-            file = self.path / shard
-            if file in self._data_starts and (name not in tensors or tensors[name].file != file):
+            file = opened.get(shard)
+            if file and (name not in tensors or tensors[name].file is not file):
                 problems.append(f"{shown(name)} is in {shard} by the index, but not in that file")
         for name in tensors.keys() - weight_map.keys():
             problems.append(f"{shown(name)} is in {self._name(tensors[name].file)}, but not in the index")

@@ -89,6 +89,15 @@ def test_an_index_may_list_the_single_file_and_shards_in_folders(folder):
     assert list(open_checkpoint(directory / "model.safetensors.index.json").tensors) == ["part/a.safetensors"]
 
 
+def test_one_shard_under_two_names_is_one(folder):
+    write_safetensors(folder() / "x.safetensors", {"a": np.zeros(2), "b": np.zeros(3)})
+    directory = index(folder(), {"a": "x.safetensors", "b": ".//x.safetensors"})
+    assert len(open_checkpoint(directory).files) == 1
+    assert "c is in x.safetensors by the index" in refusal(
+        index(directory, {"a": "x.safetensors", "b": "./x.safetensors", "c": "./x.safetensors"})
+    )
+
+
 def test_shards_may_be_links_as_in_the_cache_of_a_hub(folder, tmp_path):
     directory = folder("blobs/0123.safetensors", "snapshot/none.txt") / "snapshot"
     os.symlink("../blobs/0123.safetensors", directory / "model.safetensors")
