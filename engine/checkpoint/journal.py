@@ -1,4 +1,4 @@
-"""What an interrupted run had finished: one JSON line a task. A torn end, after a crash, is cut off and not believed."""
+"""What an interrupted run had finished: one JSON line a task. A torn end, after a crash, is cut off."""
 
 import errno
 import json

@@ -11,7 +11,7 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two paths atomically; False where the system or the file system has no such thing (then nothing happened)."""
+    """Swap two paths atomically; False, and nothing happened, where the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -166,13 +166,17 @@ def test_verify_done_forgets_what_does_not_hold(out):
     interrupted(out, "a", "b", "c")
     with open_workdir(out, resume=True) as work:
         (work.staging / "b").unlink()
-        assert work.verify_done(lambda key, record: (work.staging / key).exists() and record["checksum"] == key.upper()) == ["b"]
+        assert work.verify_done(
+            lambda key, record: (work.staging / key).exists() and record["checksum"] == key.upper()
+        ) == ["b"]
         assert list(work.done) == ["a", "c"]
 
 
 def test_a_second_merge_is_told_who_is_at_work(out):
     with open_workdir(out) as work:
-        with pytest.raises(OutputError, match=rf"another merge into .*merged is running: process {os.getpid()} on .* since 20"):
+        with pytest.raises(
+            OutputError, match=rf"another merge into .*merged is running: process {os.getpid()} on .* since 20"
+        ):
             open_workdir(out, resume=True)
         work.record("a", {})
     with open_workdir(out, resume=True) as work:
@@ -181,13 +185,15 @@ def test_a_second_merge_is_told_who_is_at_work(out):
 
 def test_only_one_of_many_starts(out):
     script = (
-        "import sys, pathlib, time\nfrom freemerge.checkpoint.workdir import WorkDir\nfrom freemerge.errors import OutputError\n"
-        "try: work = WorkDir.open(pathlib.Path(sys.argv[1]), fingerprint='x', overwrite=True, resume=False, fsync=False)\n"
+        "import sys\nfrom freemerge.checkpoint.workdir import WorkDir\nfrom freemerge.errors import OutputError\n"
+        "try: work = WorkDir.open(sys.argv[1], fingerprint='x', overwrite=True, resume=False, fsync=False)\n"
         "except OutputError: print('refused')\n"
         "else: print('started', flush=True); sys.stdin.read(); work.discard()\n"
     )
     runs = [
-        subprocess.Popen([sys.executable, "-c", script, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
     said = [run.stdout.readline().strip() for run in runs]
@@ -233,7 +239,13 @@ def contents(folder):
 
 
 def run_script(out, overwrite, resume, can_exchange=True):
-    arguments = [sys.executable, "-c", SCRIPT, str(out), *(str(int(flag)) for flag in (overwrite, resume, can_exchange))]
+    arguments = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(out),
+        *(str(int(flag)) for flag in (overwrite, resume, can_exchange)),
+    ]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -48,11 +48,16 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     [(8, np.zeros(3, F32)), (-1, np.zeros(3, F32)), (0, np.zeros(3, np.float64)), (0, np.zeros(11, F32))],
 )
 def test_what_does_not_fit_the_tensor_is_refused(tmp_path, first, array):
-    with CheckpointWriter(tmp_path, plan_shards([Entry("a", F32, (10,))], 10**9)) as out, pytest.raises(ValueError, match="a is float32"):
+    with (
+        CheckpointWriter(tmp_path, plan_shards([Entry("a", F32, (10,))], 10**9)) as out,
+        pytest.raises(ValueError, match="a is float32"),
+    ):
         out.write("a", first, array)
 
 
-@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "disk full"), (errno.EDQUOT, "quota"), (errno.EIO, "could not be written")])
+@pytest.mark.parametrize(
+    ("code", "said"), [(errno.ENOSPC, "disk full"), (errno.EDQUOT, "quota"), (errno.EIO, "could not be written")]
+)
 def test_a_failing_disk_is_an_output_error(tmp_path, monkeypatch, code, said):
     def fail(*_):
         raise OSError(code, os.strerror(code))
@@ -152,6 +157,8 @@ def test_checksum_refuses_gaps_and_repeats():
         pieces.update(0, bytes(5))
 
 
-@pytest.mark.parametrize(("nbytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")])
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")]
+)
 def test_readable(nbytes, text):
     assert readable(nbytes) == text
