@@ -1,5 +1,7 @@
 """freemerge experts: the sparse experts beside a merged model."""
 
+from dataclasses import asdict
+
 import typer
 
 from freemerge.cli.output import print_json, print_table
@@ -20,7 +22,7 @@ def list_command(
     """
     from freemerge.experts.apply import list_experts
 
-    experts = list_experts(merged)
+    experts = [asdict(expert) for expert in list_experts(merged)]
     if as_json:
         print_json(experts)
     else:
