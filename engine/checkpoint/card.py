@@ -1,6 +1,7 @@
 """What lies beside the weights of a result: configuration, tokenizer, and README.md, the model card.
 
-The card depends on recipe and inputs alone: no dates, no directories of this machine, so equal merges are equal directories.
+The card depends on recipe and inputs alone: no dates, no directories of this machine, so equal merges are equal
+directories.
 """
 
 import json
@@ -47,7 +48,7 @@ def _with_dtype(data: bytes, name: str | None) -> bytes:
 
 
 def _set_dtype(config: dict, name: str) -> bool:
-    """Set every torch_dtype or dtype in a configuration, those of its parts (text_config, ...) too; was there another?"""
+    """Set every torch_dtype or dtype of a configuration and of its parts (text_config, ...); was there another?"""
     changed = False
     for key, value in config.items():
         if isinstance(value, dict):
@@ -85,6 +86,7 @@ def write_card(
     }
     if front["license"] == "other":
         front["license_name"] = "see-inputs"
+    from_recipe = " from the recipe, saved as recipe.yml" if "recipe.yml" in command else ""
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {method} merge of {', '.join(item.name for item in inputs)}\n",
@@ -92,7 +94,7 @@ def write_card(
         _license_section(inputs) if front["license"] == "other" else "",
         _expert_section(experts) if experts else "",
         f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n",
-        f"This command makes it again{' from the recipe' if 'recipe.yml' in command else ''}:\n\n    {shlex.join(command)}\n",
+        f"This command makes it again{from_recipe}:\n\n    {shlex.join(command)}\n",
         f"`freemerge verify OUT` compares every tensor with the checksums in `{MANIFEST}`.\n",
     ]
     write_file(folder / CARD, "\n".join(section for section in sections if section).encode())

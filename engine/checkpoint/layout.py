@@ -16,7 +16,10 @@ import numpy as np
 from freemerge.checkpoint.dtypes import NAMES
 
 # safetensors' own list of dtypes (NAMES); its writer goes through it from the end.
-_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64".split()
+_ORDER = [
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16"),
+    *("BF16", "I32", "U32", "F32", "F64", "I64", "U64"),
+]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """freemerge.json: what a result was made from and by, and a checksum for each of its tensors and files.
 
-It depends on recipe, inputs and versions alone: no dates, no directories of this machine, so equal merges are equal directories.
+It depends on recipe, inputs and versions alone: no dates, no directories of this machine, so equal merges are equal
+directories.
 """
 
 import json

@@ -17,6 +17,7 @@ import numpy as np
 from freemerge.checkpoint.checksum import PIECE, PieceChecksum, as_bytes, checksum
 from freemerge.checkpoint.layout import PlacedEntry, ShardPlan, index_json
 from freemerge.errors import OutputError
+from freemerge.sizes import readable_size
 
 __all__ = ["INDEX", "PIECE", "CheckpointWriter", "PieceChecksum", "ShardWriter", "checksum"]
 
@@ -155,8 +156,8 @@ def check_room(folder: Path, shards: Sequence[ShardPlan]) -> None:
     free = free_bytes(folder)
     if needed > free:
         raise OutputError(
-            f"disk full: {folder} needs {readable(needed)} and has {readable(free)} free; "
-            f"free {readable(needed - free)} or choose another output directory"
+            f"disk full: {folder} needs {readable_size(needed)} and has {readable_size(free)} free; "
+            f"free {readable_size(needed - free)} or choose another output directory"
         )
 
 
@@ -176,7 +177,7 @@ def disk_errors(path: Path, missing_bytes):
             reason = "quota exceeded" if error.errno == errno.EDQUOT else "disk full"
             if error.errno == errno.EFBIG:
                 reason = "file too large for this file system (a smaller --shard-size may help)"
-            missing, free = readable(missing_bytes()), readable(free_bytes(path.parent))
+            missing, free = readable_size(missing_bytes()), readable_size(free_bytes(path.parent))
             raise OutputError(
                 f"{reason} while writing {path}: {missing} did not fit, {free} free; "
                 "make room, then run the same command with --resume to continue"
@@ -187,14 +188,3 @@ def disk_errors(path: Path, missing_bytes):
 def free_bytes(folder: Path) -> int:
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
-
-
-def readable(nbytes: int) -> str:
-    """1.5 GB for 1500000000."""
-    if nbytes < 1000:
-        return f"{nbytes} bytes"
-    for unit in ("kB", "MB", "GB"):
-        nbytes /= 1000
-        if nbytes < 1000:
-            return f"{nbytes:.1f} {unit}"
-    return f"{nbytes / 1000:.1f} TB"

@@ -81,8 +81,8 @@ def apply_expert(
 ) -> None:
     """Write the merged model `merged` with its expert `name` put in, as a plain checkpoint `out`.
 
-    At the entries of the expert, out = round(backbone + scale * value); in mode "replace", out = round(start + scale * value)
-    (kernels.apply_sparse_rows). Everything else is copied. `out` appears complete or not at all.
+    At the entries of the expert, out = round(backbone + scale * value), in mode "replace" round(start + scale * value):
+    see kernels.apply_sparse_rows. Everything else is copied. `out` appears complete or not at all.
 
     Raises:
         InputError: no such expert.

@@ -5,10 +5,11 @@ For each tensor it changes, compressed sparse rows (kernels.array.SparseRows):
     offsets/<tensor>   I64 [rows + 1]
     columns/<tensor>   U16 [n], or U32 where rows are longer than 65536
     values/<tensor>    F32 [n], not yet scaled
-    start/<tensor>     [n] in the base's dtype, mode "replace" only: what the expert is added to in the place of the backbone
+    start/<tensor>     [n] in the base's dtype, mode "replace" only: what values are added to, not the backbone
 
-Metadata are strings: format, version, expert, method, mode ("add" or "replace"), backbone (card.backbone_fingerprint), whatever
-else the method says (mu, density, ...), and tensors, a JSON object: {<tensor>: {"shape": [...], "scale": number}}.
+Metadata are strings: format, version, expert, method, mode ("add" or "replace"), backbone (what
+manifest.backbone_fingerprint says of it), whatever else the method notes (mu, density, ...), and tensors, a JSON object:
+{<tensor>: {"shape": [...], "scale": number}}.
 """
 
 import json
@@ -95,10 +96,10 @@ class SidecarWriter:
         return _checksum([self._file.view(self._places[part.name]) for part in self._entries[name].parts()])
 
     def finish(self, metadata: Mapping[str, object], scales: Mapping[str, float] | float) -> None:
-        """Write the header and push all to the disk.
+        """Write the header and push everything to the disk.
 
         Args:
-            metadata: expert, method, mode and backbone, and whatever else describes the expert; numbers are written as JSON.
+            metadata: expert, method, mode and backbone, and whatever else describes it; numbers are written as JSON.
             scales: what each tensor's values are multiplied by, or one number for all.
         """
         missing = [key for key in _REQUIRED if key not in metadata]
