@@ -13,6 +13,7 @@ void bind_count_magnitudes(py::module_&);
 void bind_magnitude_threshold(py::module_&);
 void bind_sparse_rows(py::module_&);
 void bind_task_vector_statistics(py::module_&);
+void bind_high_pass(py::module_&);
 void bind_weighted_sum(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
@@ -28,5 +29,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_magnitude_threshold(m);
   bind_sparse_rows(m);
   bind_task_vector_statistics(m);
+  bind_high_pass(m);
   bind_weighted_sum(m);
 }
