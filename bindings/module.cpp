@@ -10,10 +10,10 @@ void bind_add_task_vectors(py::module_&);
 void bind_all_finite(py::module_&);
 void bind_apply_sparse_rows(py::module_&);
 void bind_count_magnitudes(py::module_&);
+void bind_high_pass(py::module_&);
 void bind_magnitude_threshold(py::module_&);
 void bind_sparse_rows(py::module_&);
 void bind_task_vector_statistics(py::module_&);
-void bind_high_pass(py::module_&);
 void bind_weighted_sum(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
@@ -26,9 +26,9 @@ PYBIND11_MODULE(_cpu, m) {
   bind_all_finite(m);
   bind_apply_sparse_rows(m);
   bind_count_magnitudes(m);
+  bind_high_pass(m);
   bind_magnitude_threshold(m);
   bind_sparse_rows(m);
   bind_task_vector_statistics(m);
-  bind_high_pass(m);
   bind_weighted_sum(m);
 }
