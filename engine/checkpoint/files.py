@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,15 @@ class FileState:
     def of(cls, path: Path) -> "FileState":
         found = os.stat(path)
         return cls(found.st_size, found.st_mtime_ns, (found.st_dev, found.st_ino))
+
+
+def states(paths: Iterable[Path]) -> dict[Path, FileState]:
+    """Of those that are there: reading the others will say it."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            found[path] = FileState.of(path)
+    return found
 
 
 def check_unchanged(states: dict[Path, FileState]) -> None:

@@ -33,7 +33,7 @@ def download(name: str, revision: str | None, *, allow_pickle: bool) -> Path:
         snapshot = fetch(SAFETENSORS)
         if allow_pickle and not any(snapshot.glob("*.safetensors")):
             snapshot = fetch(PICKLED)
-    except (OSError, ValueError) as error:  # what huggingface_hub raises, from no network to no such repository
+    except Exception as error:  # from no network to no such repository: its own, httpx's and the system's errors
         raise CheckpointError(_explain(name, revision, error)) from None
     return snapshot
 

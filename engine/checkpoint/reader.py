@@ -50,7 +50,7 @@ class Checkpoint:
         problems: list[str] = []
         self.config = _collect(problems, files.read_config, self.path)
         # Before the headers are read: a file that changes in between must count as changed.
-        self._states = {file: files.FileState.of(file) for file in self.files}
+        self._states = files.states(self.files)
         self.tensors = self._open(source, problems)
         if not self.tensors and not problems:
             problems.append("holds no tensors")

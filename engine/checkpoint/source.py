@@ -18,6 +18,7 @@ PREFERRED = (
     "diffusion_pytorch_model",
     "pytorch_model",
 )  # the names of whole models, where other files lie beside
+WANTED = "Give a directory, a weight file, or a hub name like org/name[@revision]."
 PICKLE_REMEDY = (
     "A pickled checkpoint can run code when it is read carelessly; torch's weights_only loader refuses all but "
     "tensors. If you trust its author, allow it with --allow-pickle (allow_pickle=True); better, have it saved "
@@ -38,25 +39,24 @@ class Source:
 
 def find_source(source: str | os.PathLike, *, allow_pickle: bool) -> Source:
     """Raises CheckpointError where `source` is nothing, or where it could be several things."""
-    label, path = os.fspath(source), Path(source).expanduser()
-    if not path.exists():
-        path = _from_hub(label, allow_pickle)
+    label, shown_as, path = os.fspath(source), os.fspath(source), Path(source)
     try:
+        path = path.expanduser()
+        if not path.exists():
+            path = _from_hub(label, allow_pickle)
+            shown_as = f"{label} ({path})"
         weights = _in_directory(path, allow_pickle) if path.is_dir() else path
         return _source(label, weights, allow_pickle)
     except Malformed as error:
         *problems, remedy = error.problems
-        raise CheckpointError(listed((f"{label}: {problem}" for problem in problems), remedy)) from None
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of nobody
+        problems, remedy = [f"cannot be opened: {error}"], WANTED
+    raise CheckpointError(listed((f"{shown_as}: {problem}" for problem in problems), remedy))
 
 
 def _from_hub(label: str, allow_pickle: bool) -> Path:
     if not HUB_NAME.fullmatch(label):
-        raise CheckpointError(
-            listed(
-                [f"{label}: no such file or directory"],
-                "Give a directory, a weight file, or a hub name like org/name[@revision].",
-            )
-        )
+        raise Malformed("no such file or directory", WANTED)
     from freemerge.checkpoint.hub import download
 
     name, _, revision = label.partition("@")

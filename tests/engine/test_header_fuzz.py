@@ -4,7 +4,9 @@ import copy
 import json
 import random
 import struct
+from contextlib import suppress
 
+import numpy as np
 import pytest
 import safetensors
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from freemerge.checkpoint.dtypes import NAMES, UNREAD
 from freemerge.checkpoint.header import read_header
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.errors import CheckpointError
+from freemerge.testing import write_checkpoint
 
 CASES = 6000
 NUMBERS = [
@@ -182,6 +185,20 @@ def test_unmutated_files_are_all_accepted(tmp_path):
         text = json.dumps(entries).encode()
         raw = struct.pack("<Q", len(text)) + text + rng.randbytes(size)
         assert answer(tmp_path / "model.safetensors", raw) == expected(raw) is not None
+
+
+def test_mutated_indexes_are_refused_or_read_right(tmp_path):
+    rng = random.Random(0)
+    tensors = {"a": np.float32([1]), "b": np.float32([2]), "c": np.float32([3])}
+    index = write_checkpoint(tmp_path, tensors, shards=3) / "model.safetensors.index.json"
+    text = index.read_bytes()
+    accepted = 0
+    for _ in range(500):
+        index.write_bytes(mutate_bytes(rng, text))
+        with suppress(CheckpointError), open_checkpoint(index) as checkpoint:
+            assert {name: checkpoint.read(name) for name in checkpoint.tensors} == tensors
+            accepted += 1
+    assert accepted > 10
 
 
 SIZES = st.integers(-1, 5) | st.sampled_from([2**31, 2**62, 2**64, 2.0, True, None])

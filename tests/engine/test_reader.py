@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +62,14 @@ def test_a_file_an_index_or_one_shard_can_be_given(tmp_path):
     assert_same(open_checkpoint(tmp_path / "model.safetensors.index.json"), tensors)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     assert_same(open_checkpoint(shard), load_file(shard))
+
+
+def test_threads_may_read_at_the_same_time(tmp_path):
+    tensors = tiny_llama(0)
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, shards=8))
+    with ThreadPoolExecutor(8) as pool:
+        found = dict(zip(tensors, pool.map(lambda name: checkpoint.read(name).tobytes(), tensors), strict=True))
+    assert found == {name: array.tobytes() for name, array in tensors.items()}
 
 
 def test_hints_change_nothing(tmp_path):

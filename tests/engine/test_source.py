@@ -144,6 +144,16 @@ def test_refuses_files_of_other_kinds(folder):
     assert "not a weight file" in refusal(directory / "model.gguf")
 
 
+def test_a_link_to_nothing_is_said_to_be_that(folder):
+    (folder() / "model.safetensors").symlink_to("nothing")
+    assert "model.safetensors: cannot be read: No such file or directory" in refusal(folder())
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-that-name/model"])
+def test_what_the_system_refuses(source):
+    assert "Give a directory, a weight file, or a hub name" in refusal(source)
+
+
 @pytest.mark.parametrize("source", ["nowhere", "./no/where", "/no/where", "~/no-such-model", "a/b/c", "org/name@"])
 def test_what_is_no_path_and_no_hub_name(source):
     assert "no such file or directory" in refusal(source)
@@ -185,6 +195,14 @@ def test_hub_names_resolve_offline_from_the_cache(tmp_path, revision):
         "mit",
         "config.json",
     ]
+
+
+def test_a_hub_name_of_which_the_cache_has_no_weights(tmp_path):
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert f"org/name ({repository / 'snapshots' / 'abc'}): holds no weights" in offline(tmp_path, "org/name")
 
 
 def test_a_hub_name_that_is_not_in_the_cache(tmp_path):
