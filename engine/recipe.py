@@ -175,9 +175,6 @@ def _recipe(document: Document, problems: list[str]) -> Recipe:
     # mergekit's recipes list the base among the models; a method that does not look at it takes it as one model more
     listed_base = base is not None and methods.get(document.merge_method).uses_base
     entries = [e for e in document.models if not (listed_base and _same_model(e.model, base))]
-    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
-    if document.tokenizer and document.tokenizer_source:
-        problems.append("tokenizer_source and tokenizer: both are given; keep one")
     return Recipe(
         method=document.merge_method,
         base=base,
@@ -185,9 +182,24 @@ def _recipe(document: Document, problems: list[str]) -> Recipe:
         parameters=document.parameters,
         dtype=document.dtype,
         out_dtype=document.out_dtype,
-        tokenizer_source="base" if source is None or (base and _same_model(source, base)) else source,
+        tokenizer_source=_tokenizer_source(document, problems),
         chat_template=document.chat_template,
     )
+
+
+def _tokenizer_source(document: Document, problems: list[str]) -> str:
+    """"base", or one of the models as the recipe spells it there."""
+    if document.tokenizer and document.tokenizer_source:
+        problems.append("tokenizer_source and tokenizer: both are given; keep one")
+    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
+    base, models = document.base_model, [entry.model for entry in document.models]
+    if source in (None, "base") or (base is not None and _same_model(source, base)):
+        return "base"
+    for model in models:
+        if _same_model(source, model):
+            return model
+    problems.append(f"tokenizer_source: {source} is none of the models{nearest(source, ['base', *models])}")
+    return "base"
 
 
 def _same_model(one: str, other: str) -> bool:

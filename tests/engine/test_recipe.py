@@ -176,6 +176,8 @@ def test_the_tokenizer_comes_from_the_base_or_a_model():
     assert load_recipe({**content, "tokenizer_source": "base"}).tokenizer_source == "base"
     assert load_recipe({**content, "tokenizer_source": "base/"}).tokenizer_source == "base"
     assert load_recipe({**content, "tokenizer": {"source": "a"}}).tokenizer_source == "a"
+    assert load_recipe({**content, "tokenizer_source": "./a"}).tokenizer_source == "a"
+    assert "z is none of the models; there is a, base" in problems_of({**content, "tokenizer_source": "z"})
     assert "both are given" in problems_of({**content, "tokenizer": {"source": "a"}, "tokenizer_source": "a"})
     assert "tokenizer: source is missing" in problems_of({**content, "tokenizer": {}})
 
