@@ -1,0 +1,141 @@
+"""Which tensor of each expert belongs to which tensor of the base; what does not fit is a problem, all of them together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from freemerge.kernels.array import is_float
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One tensor of the result and where its inputs lie.
+
+    Args:
+        name: of the tensor in the base and in the result.
+        sources: the tensor's name in each expert; another one where that expert ties it, None where the expert is left out.
+        same_as: the tensor this one is tied to, if it is: the same bytes are written for both.
+    """
+
+    name: str
+    sources: tuple[str | None, ...]
+    same_as: str | None = None
+
+
+def never_fits(name: str, shape: tuple[int, ...], expert_shape: tuple[int, ...]) -> None:
+    """What most methods make of an expert's tensor of another shape: a problem."""
+
+
+class Matcher:
+    """Compare headers of a base and its experts; collect `matches`, `problems` and `warnings`.
+
+    Args:
+        fit: (name, shape, expert_shape) -> "crop", "skip" or None (a problem), asked about an expert's tensor of another shape.
+    """
+
+    def __init__(self, base, experts: Sequence, *, fit: Callable = never_fits):
+        self.base, self.experts, self.fit = base, list(experts), fit
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._ties = [_ties(checkpoint) for checkpoint in self.experts]
+        base_ties = _ties(base)
+        self._base_ties = {} if _says_untied(base) else base_ties
+        self.matches = [self._match(name) for name in base.tensors]
+        for index in range(len(self.experts)):
+            self._note_extra_tensors(index)
+
+    def _match(self, name: str) -> Match:
+        tied_to = self._base_ties.get(name)
+        sources = [self._source(index, name, tied_to) for index in range(len(self.experts))]
+        taking_part = [
+            source if source is not None and self._takes_part(index, name, self.experts[index].tensors[source]) else None
+            for index, source in enumerate(sources)
+        ]
+        return Match(name, tuple(taking_part), tied_to)
+
+    def _source(self, index: int, name: str, tied_to: str | None) -> str | None:
+        expert, ties = self.experts[index], self._ties[index]
+        if name in expert.tensors:
+            if tied_to and ties.get(name) != tied_to:
+                self.problems.append(f"{name}: tied to {tied_to} in {self.base.label}, a weight of its own in {self._label(index)}")
+            return name
+        if tied_to and tied_to in expert.tensors:
+            return tied_to
+        if _says_tied(expert) and is_float(self.base.tensors[name].dtype) and _head_of(self.base, name):
+            self.problems.append(f"{name}: a weight of its own in {self.base.label}, tied in {self._label(index)}")
+        elif is_float(self.base.tensors[name].dtype):
+            self.problems.append(f"{name}: missing from {self._label(index)}{self._hint(expert, name)}")
+        return None
+
+    def _takes_part(self, index: int, name: str, theirs) -> bool:
+        ours = self.base.tensors[name]
+        if is_float(ours.dtype) != is_float(theirs.dtype):
+            self.problems.append(f"{name}: {ours.dtype} in {self.base.label}, {theirs.dtype} in {self._label(index)}")
+            return False
+        if ours.shape == theirs.shape or not is_float(ours.dtype):
+            return True
+        fit = self.fit(name, ours.shape, theirs.shape)
+        if fit is None:
+            where = f"{self._label(index)}{_file(theirs)}"
+            self.problems.append(f"{name}: {list(ours.shape)} in {self.base.label}, {list(theirs.shape)} in {where}")
+        return fit == "crop"
+
+    def _note_extra_tensors(self, index: int) -> None:
+        expert, extra = self.experts[index], []
+        for name in expert.tensors:
+            if name in self.base.tensors or name in self._ties[index]:
+                continue
+            if _says_tied(self.base) and _head_of(expert, name):
+                self.problems.append(f"{name}: tied in {self.base.label}, a weight of its own in {self._label(index)}")
+            else:
+                extra.append(name)
+        if extra:
+            some = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+            self.warnings.append(f"{self._label(index)} has tensors the base has not, they are left out: {some}")
+
+    def _hint(self, expert, name: str) -> str:
+        renamed = next((other for other in expert.tensors if other.endswith("." + name) or name.endswith("." + other)), None)
+        return f" (there it is called {renamed}: save both models with the same prefix)" if renamed else ""
+
+    def _label(self, index: int) -> str:
+        return f"expert {index} ({self.experts[index].label})"
+
+
+def _file(info) -> str:
+    return f" ({info.file.name})" if getattr(info, "file", None) else ""
+
+
+def _ties(checkpoint) -> dict[str, str]:
+    """Tensors that are one and the same weight: by shared memory, or an output head stored with the bytes of an embedding."""
+    ties = dict(checkpoint.tied)
+    for name in checkpoint.tensors:
+        embedding = _head_of(checkpoint, name)
+        if name not in ties and embedding and _same_bytes(checkpoint.read(name), checkpoint.read(embedding)):
+            ties[name] = embedding
+    return ties
+
+
+def _head_of(checkpoint, name: str) -> str | None:
+    """The embedding that `name` could be tied to: another matrix of its shape and dtype, outside the layers."""
+    if not any(word in name for word in ("head", "output", "decoder")) or any(part.isdigit() for part in name.split(".")):
+        return None
+    info = checkpoint.tensors[name]
+    for other, theirs in checkpoint.tensors.items():
+        embeds = any(word in other for word in ("embed", "wte", "shared"))
+        if embeds and other != name and len(info.shape) == 2 and (theirs.shape, theirs.dtype) == (info.shape, info.dtype):
+            return other
+    return None
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    a, b = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+    return np.array_equal(a[:4096], b[:4096]) and np.array_equal(a, b)
+
+
+def _says_tied(checkpoint) -> bool:
+    return bool((checkpoint.config or {}).get("tie_word_embeddings")) or bool(checkpoint.tied)
+
+
+def _says_untied(checkpoint) -> bool:
+    return (checkpoint.config or {}).get("tie_word_embeddings") is False and not checkpoint.tied

@@ -1,0 +1,195 @@
+"""The plan of a merge: every tensor of the result, where its inputs lie, what happens to it. Made from headers, before a byte is written."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from freemerge import __version__
+from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
+from freemerge.errors import PlanError, listed
+from freemerge.kernels.array import Array, is_float
+from freemerge.match import Match, Matcher, never_fits
+from freemerge.methods import Method, TensorPlan
+from freemerge.recipe import Recipe
+from freemerge.settings import check_recipe, layer_positions, settings
+
+REMEDY = "Merge models of one architecture, or mend the recipe; `freemerge inspect` lists what each model holds."
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One tensor of the result.
+
+    Args:
+        name, shape, dtype: as they are written.
+        match: where the inputs lie.
+        settings: what merge_tensor is called with; None where the base's tensor is copied.
+        transform: what is done to the tensor, in words.
+        workspace: bytes of memory the method needs beside the result.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    match: Match
+    settings: dict[str, Any] | None
+    transform: str
+    workspace: int = 0
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked merge, ready to run. `base` and `experts` are open checkpoints; `shards` says where every byte of the result goes."""
+
+    recipe: Recipe
+    method: Method
+    base: Any
+    experts: list
+    tasks: list[TensorTask]
+    shards: list[ShardPlan]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(self.bytes_read(task) for task in self.tasks)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(task.nbytes for task in self.tasks)
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """The floating dtype most bytes of the result have; None without any."""
+        nbytes: dict[np.dtype, int] = {}
+        for task in self.tasks:
+            if is_float(task.dtype):
+                nbytes[task.dtype] = nbytes.get(task.dtype, 0) + task.nbytes
+        return max(nbytes, key=nbytes.get, default=None)
+
+    def bytes_read(self, task: TensorTask) -> int:
+        base = [self.base.tensors[task.name]]
+        if task.settings is None or task.match.same_as:
+            return sum(info.nbytes for info in base)
+        experts = zip(self.experts, task.match.sources, strict=True)
+        inputs = [expert.tensors[source] for expert, source in experts if source is not None]
+        return sum(info.nbytes for info in (base if self.method.uses_base else []) + inputs)
+
+    def read_experts(self, task: TensorTask) -> list[Array | None]:
+        """A tensor of every expert, in the base's shape; None for an expert that is left out of it."""
+        sources = zip(self.experts, task.match.sources, strict=True)
+        return [None if source is None else _cropped(expert.read(source), task.shape) for expert, source in sources]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that could change a byte of the result."""
+        inputs = [checkpoint.fingerprint() for checkpoint in (self.base, *self.experts)]
+        tasks = [[t.name, list(t.shape), str(t.dtype), repr(t.settings)] for t in self.tasks]
+        said = json.dumps([__version__, self.recipe.to_yaml(), inputs, tasks], sort_keys=True)
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each tensor, as `freemerge merge --dry-run` prints them."""
+        return [
+            {
+                "tensor": task.name,
+                "shape": list(task.shape),
+                "dtype": str(task.dtype),
+                "action": _action(task),
+                "transform": task.transform,
+                "bytes_in": self.bytes_read(task),
+                "bytes_out": task.nbytes,
+                "workspace": task.workspace,
+            }
+            for task in self.tasks
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """The whole plan in one small dict; bytes are plain numbers."""
+        return {
+            "method": self.method.name,
+            "tensors": len(self.tasks),
+            "merged": sum(task.settings is not None and not task.match.same_as for task in self.tasks),
+            "experts": len(self.experts),
+            "passes": 1,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "shards": [shard.filename for shard in self.shards],
+            "largest_tensor": max((task.nbytes + task.workspace for task in self.tasks), default=0),
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_size: int) -> Plan:
+    """Check that recipe and checkpoints fit together and lay the result out.
+
+    Args:
+        recipe: what is asked for.
+        method: the method it names.
+        base: the open base; for a method without one, any of the models, to copy from.
+        experts: open experts in the recipe's order.
+        shard_size: bytes a shard of the result may have.
+
+    Raises:
+        PlanError: with every problem found.
+    """
+    problems = check_recipe(recipe, method)
+    if not problems:
+        matcher = Matcher(base, experts, fit=_fit(recipe, method))
+        problems = matcher.problems
+    if problems:
+        raise PlanError(listed(problems, REMEDY))
+    positions = layer_positions(list(base.tensors))
+    tasks = [_task(recipe, method, base, match, positions.get(match.name)) for match in matcher.matches]
+    shards = plan_shards([Entry(task.name, task.dtype, task.shape) for task in tasks], shard_size)
+    order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
+    tasks.sort(key=lambda task: order[task.name])
+    return Plan(recipe, method, base, list(experts), tasks, shards, matcher.warnings)
+
+
+def _task(recipe: Recipe, method: Method, base, match: Match, position: float | None) -> TensorTask:
+    info = base.tensors[match.name]
+    wanted = recipe.out_dtype or recipe.dtype
+    if not is_float(info.dtype):
+        return TensorTask(match.name, info.shape, info.dtype, match, None, "copy")
+    dtype = np.dtype(info.dtype if wanted is None else wanted)
+    if not any(match.sources):
+        return TensorTask(match.name, info.shape, dtype, match, None, "copy: no expert takes part")
+    chosen = settings(recipe, method, match.name, position)
+    plan = _plan_tensor(method)(match.name, info.shape, experts=len(match.sources), **chosen)
+    return TensorTask(match.name, info.shape, dtype, match, chosen, plan.transform, plan.workspace)
+
+
+def _fit(recipe: Recipe, method: Method):
+    """How this merge takes an expert's tensor of another shape than the base's."""
+    hook = getattr(method.module, "fit_expert", None)
+    if hook is None:
+        return never_fits
+    return lambda name, shape, expert_shape: hook(name, shape, expert_shape, **settings(recipe, method, name, None))
+
+
+def _plan_tensor(method: Method):
+    return getattr(method.module, "plan_tensor", lambda name, shape, *, experts, **parameters: TensorPlan("merge", method.name))
+
+
+def _cropped(expert: Array, shape: tuple[int, ...]) -> Array:
+    if expert.shape == shape:
+        return expert
+    return np.ascontiguousarray(expert[tuple(slice(side) for side in shape)])
+
+
+def _action(task: TensorTask) -> str:
+    if task.match.same_as:
+        return f"tied to {task.match.same_as}"
+    return "copy" if task.settings is None else "merge"
