@@ -29,12 +29,21 @@ TORCH_NAMES = {
 }
 
 
-def copy_side_files(checkpoint: Checkpoint, folder: Path, dtype: np.dtype | None = None) -> None:
+TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
+
+
+def copy_side_files(
+    checkpoint: Checkpoint, folder: Path, dtype: np.dtype | None = None, tokenizer: Checkpoint | None = None
+) -> None:
     """Copy configuration, generation config, tokenizer and chat template into `folder`.
 
-    Where config.json names a dtype, it names `dtype` then, the output's.
+    Where config.json names a dtype, it names `dtype` then, the output's. Tokenizer and chat template are those of `tokenizer`, if given.
     """
-    for path in checkpoint.side_files():
+    chosen = checkpoint.side_files()
+    if tokenizer is not None:
+        chosen = [path for path in chosen if not path.name.startswith(TOKENIZER)]
+        chosen += [path for path in tokenizer.side_files() if path.name.startswith(TOKENIZER)]
+    for path in chosen:
         data = path.read_bytes()
         if path.name == "config.json" and dtype is not None:
             data = _with_dtype(data, TORCH_NAMES.get(NAMES[np.dtype(dtype)]))

@@ -17,6 +17,7 @@ from freemerge.checkpoint.checksum import checksum, checksum_file
 from freemerge.checkpoint.dtypes import NAMES
 from freemerge.checkpoint.layout import ShardPlan
 from freemerge.checkpoint.reader import Checkpoint
+from freemerge.checkpoint.rename import fsync_path
 from freemerge.checkpoint.writer import write_file
 from freemerge.errors import CheckpointError
 
@@ -93,7 +94,21 @@ def write_manifest(
             if path.is_file() and path.name not in {MANIFEST, *shard_names}
         },
     }
-    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(folder / MANIFEST, _encoded(manifest))
+
+
+def add_expert(folder: Path, name: str, *, fsync: bool = True) -> None:
+    """Enter experts/<name>.safetensors, written after the merge, in the manifest of `folder`."""
+    manifest = read_manifest(folder)
+    file = f"experts/{name}.safetensors"
+    path = folder / file
+    manifest["experts"][name] = {"file": file}
+    manifest["files"][file] = {"bytes": path.stat().st_size, "checksum": checksum_file(path)}
+    beside = folder / f".{MANIFEST}.new"
+    write_file(beside, _encoded(manifest))
+    if fsync:
+        fsync_path(beside)
+    beside.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -110,6 +125,10 @@ def read_manifest(folder: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}, the one this freemerge reads")
     return manifest
+
+
+def _encoded(manifest: dict) -> bytes:
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _input_facts(item: MergeInput) -> dict:

@@ -1,0 +1,62 @@
+"""Where a stream's results go: into the shards of a work directory, or into memory.
+
+A sink has `done` (records of an interrupted run, by tensor) and `records` (those and the new ones), and:
+
+    direct(name)  -> the memory a result belongs in, for the method to write there itself; None where it has to be written
+    map(name)     -> the same for a result too large for a buffer
+    write(name, first_element, array);  read(name);  tie(name, other) -> array;  finish(name, record)
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from freemerge.checkpoint.checksum import checksum
+from freemerge.checkpoint.workdir import WorkDir
+from freemerge.checkpoint.writer import CheckpointWriter
+from freemerge.kernels.array import Array
+from freemerge.plan import Plan
+
+
+class DiskSink:
+    """Into preallocated shards; what is finished is noted in the work directory's journal."""
+
+    def __init__(self, work: WorkDir, writer: CheckpointWriter):
+        self._work, self._writer = work, writer
+        self.map, self.write, self.read = writer.map, writer.write, writer.read
+        # After a power cut the journal may know of bytes that never reached the disk.
+        work.verify_done(lambda name, record: checksum(writer.read(name)) == record["checksum"])
+        self.done = dict(work.done)
+        self.records = dict(work.done)
+
+    @property
+    def experts_folder(self) -> Path:
+        return self._work.staging / "experts"
+
+    def direct(self, name: str) -> None:
+        return None
+
+    def tie(self, name: str, other: str) -> Array:
+        tensor = self.read(other)
+        self.write(name, 0, tensor)
+        return tensor
+
+    def finish(self, name: str, record: dict) -> None:
+        self._work.record(name, record)
+        self.records[name] = record
+
+
+class MemorySink:
+    """Into new arrays, `tensors` by name; tied tensors are one array."""
+
+    def __init__(self, plan: Plan):
+        self.tensors = {task.name: np.empty(task.shape, task.dtype) for task in plan.tasks if not task.match.same_as}
+        self.done, self.records = {}, {}
+        self.direct = self.read = self.tensors.__getitem__
+
+    def tie(self, name: str, other: str) -> Array:
+        self.tensors[name] = self.tensors[other]
+        return self.tensors[name]
+
+    def finish(self, name: str, record: dict) -> None:
+        self.records[name] = record
