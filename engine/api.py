@@ -1,0 +1,257 @@
+"""The door: merge checkpoints on disk, or tensors in memory."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from freemerge import methods
+from freemerge.checkpoint.card import copy_side_files, write_card
+from freemerge.checkpoint.manifest import MergeInput, write_manifest
+from freemerge.checkpoint.memory import MemoryCheckpoint
+from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
+from freemerge.checkpoint.workdir import WorkDir
+from freemerge.checkpoint.writer import CheckpointWriter, write_file
+from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, listed
+from freemerge.experts.extract import Extraction
+from freemerge.experts.memory import MemoryExpert
+from freemerge.experts.sidecar import SidecarWriter
+from freemerge.kernels import dispatch
+from freemerge.plan import Plan, make_plan
+from freemerge.recipe import Recipe, load_recipe
+from freemerge.sinks import DiskSink, MemorySink
+from freemerge.sizes import parse_size
+from freemerge.stream import Stream
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a merge left on disk.
+
+    Attributes:
+        out: the directory.
+        tensors: how many tensors it holds.
+        experts: names of the experts beside the merged model.
+        bytes_in, bytes_out: bytes of input read and of tensors written.
+        seconds: how long it took.
+        warnings: what the plan had to say.
+    """
+
+    out: Path
+    tensors: int
+    experts: tuple[str, ...]
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+class MergedStateDict(dict):
+    """Merged tensors by name; `experts` are those a method like free leaves beside them."""
+
+    experts: tuple[MemoryExpert, ...] = ()
+
+
+def merge(
+    method_or_recipe: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    experts: Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike] = (),
+    out: str | os.PathLike | None = None,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    max_memory: int | str = "2GiB",
+    shard_size: int | str = "5GB",
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    check_finite: bool = True,
+    fsync: bool = True,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **parameters: Any,
+) -> Result | Plan:
+    """Merge checkpoints on disk into a new checkpoint on disk.
+
+        freemerge.merge("free", base="llama", experts=["math", "code"], out="merged", scaling=0.4)
+        freemerge.merge("recipe.yml", out="merged")
+
+    Args:
+        method_or_recipe: name of a method (`freemerge methods` lists them), or a recipe: a file or YAML text, and then
+            neither `base`, `experts` nor `parameters` are given.
+        base, experts: directories, files or hub names; experts also as a mapping of names to them.
+        out: the directory to write. It appears complete or not at all.
+        dtype: of the result's floating tensors; that of the base, tensor by tensor, if not given.
+        device: "auto" or "cpu".
+        threads: 0 is one for each core.
+        max_memory: bytes of anonymous memory to stay under; mapped files do not count.
+        shard_size: bytes a shard of the result may have.
+        resume: continue an interrupted merge of the same recipe into the same `out`.
+        overwrite: replace an existing `out` when the new one is complete.
+        allow_pickle: also read PyTorch .bin and .pt files, through torch's weights_only loader.
+        check_finite: refuse a result with NaN or Inf in it.
+        fsync: return only when the result is on the disk, not just in the system's cache.
+        dry_run: check everything, write nothing, return the Plan.
+        progress: called as progress(done_bytes, total_bytes), from any thread.
+        parameters: of the method, as in a recipe.
+
+    Returns:
+        A Result; with `dry_run` the Plan.
+
+    Raises:
+        InputError: recipe or checkpoints are not in order; all problems at once, nothing is written.
+        OutputError: the result could not be written; an existing `out` is as it was.
+    """
+    start = time.perf_counter()
+    check_device(device)
+    recipe = _recipe(method_or_recipe, base, experts, dtype, parameters)
+    method = methods.get(recipe.method)
+    with ExitStack() as stack:
+        base_checkpoint, expert_checkpoints = _open_all(recipe, allow_pickle, stack)
+        plan = make_plan(recipe, method, base_checkpoint, expert_checkpoints, shard_size=parse_size(shard_size))
+        if dry_run:
+            return plan
+        if out is None:
+            raise RecipeError("no output directory; pass out=... (on the command line: OUT, or -o OUT)")
+        dispatch.set_threads(threads)
+        _run(
+            plan,
+            Path(out),
+            run={"max_memory": parse_size(max_memory), "check_finite": check_finite, "progress": progress},
+            resume=resume,
+            overwrite=overwrite,
+            fsync=fsync,
+        )
+        names = tuple(expert.name for expert in recipe.experts) if method.writes_experts else ()
+        seconds = time.perf_counter() - start
+        return Result(Path(out), len(plan.tasks), names, plan.bytes_in, plan.bytes_out, seconds, tuple(plan.warnings))
+
+
+def _run(plan: Plan, out: Path, *, run: dict[str, Any], resume: bool, overwrite: bool, fsync: bool) -> None:
+    with WorkDir.open(out, fingerprint=plan.fingerprint, overwrite=overwrite, resume=resume, fsync=fsync) as work:
+        try:
+            with CheckpointWriter(work.staging, plan.shards, fsync=fsync) as writer:
+                sink = DiskSink(work, writer)
+                Stream(plan, sink, extraction=_extraction_to_disk(plan, sink, fsync), **run).run()
+                for checkpoint in (plan.base, *plan.experts):
+                    checkpoint.check_unchanged()
+                writer.finish()
+            _write_side_files(plan, sink.records, work.staging)
+        except InputError:
+            work.discard()  # nothing in it can be resumed
+            raise
+        work.publish()
+
+
+def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path) -> None:
+    recipe, method = plan.recipe, plan.method
+    sources = {expert.model: checkpoint for expert, checkpoint in zip(recipe.experts, plan.experts, strict=True)}
+    copy_side_files(plan.base, folder, dtype=plan.dtype, tokenizer=sources.get(recipe.tokenizer_source))
+    if recipe.chat_template is not None:
+        write_file(folder / "chat_template.jinja", recipe.chat_template.encode())
+    inputs = [MergeInput.of(plan.base, "base")] if recipe.base is not None else []
+    inputs += [MergeInput.of(checkpoint, "expert") for checkpoint in plan.experts]
+    names = [expert.name for expert in recipe.experts] if method.writes_experts else []
+    write_card(folder, method=method.name, recipe=recipe.to_yaml(), inputs=inputs, experts=names)
+    checksums = {name: record["checksum"] for name, record in records.items()}
+    experts = {name: {} for name in names}
+    write_manifest(
+        folder, recipe=yaml.safe_load(recipe.to_yaml()), inputs=inputs, shards=plan.shards, checksums=checksums, experts=experts
+    )
+
+
+def _extraction_to_disk(plan: Plan, sink: DiskSink, fsync: bool) -> Extraction | None:
+    if not plan.method.writes_experts:
+        return None
+    folder = sink.experts_folder
+    folder.mkdir(exist_ok=True)
+
+    def open_sidecar(name: str, entries):
+        return SidecarWriter(folder / f"{name}.safetensors", entries, fsync=fsync)
+
+    return Extraction(plan, sink, open_sidecar)
+
+
+def merge_state_dicts(
+    method: str,
+    base: Mapping[str, Any] | None,
+    experts: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
+    *,
+    dtype: str | None = None,
+    threads: int = 0,
+    check_finite: bool = True,
+    **parameters: Any,
+) -> MergedStateDict:
+    """Merge tensors in memory.
+
+        merged = freemerge.merge_state_dicts("fr", base_state_dict, [math_state_dict, code_state_dict], scaling=0.4)
+
+    Args:
+        method: name of a method.
+        base: name -> NumPy array or CPU torch tensor of any dtype a checkpoint may have; None for a method without a base.
+        experts: state dicts like `base`, in order, or by name. Nothing given is changed or kept.
+        dtype, threads, check_finite, parameters: as for `merge`.
+
+    Returns:
+        A dict of new tensors of the kind given, in the order of `base`. For a method that writes experts, `.experts` holds
+        them, each with `.apply(state_dict)`.
+
+    Raises:
+        InputError: tensors do not fit together; all problems at once.
+    """
+    named = dict(experts) if isinstance(experts, Mapping) else {f"expert{t}": expert for t, expert in enumerate(experts)}
+    recipe = Recipe.from_flags(method, "base" if base is not None else None, {n: n for n in named}, parameters, dtype=dtype)
+    found = [MemoryCheckpoint(state_dict, name) for name, state_dict in named.items()]
+    reference = MemoryCheckpoint(base, "base") if base is not None else found[0] if found else MemoryCheckpoint({}, "base")
+    plan = make_plan(recipe, methods.get(recipe.method), reference, found, shard_size=1 << 62)
+    dispatch.set_threads(threads)
+    sink = MemorySink(plan)
+    cut_out = {name: MemoryExpert(name) for name in named} if plan.method.writes_experts else {}
+    extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
+    Stream(plan, sink, extraction=extraction, max_memory=1 << 62, check_finite=check_finite).run()
+    merged = MergedStateDict((name, reference.like_input(name, sink.tensors[name])) for name in reference.tensors)
+    merged.experts = tuple(cut_out.values())
+    return merged
+
+
+def check_device(device: str) -> None:
+    """Raise where the device asked for is not there."""
+    if device in ("auto", "cpu"):
+        return
+    if device.partition(":")[0] == "cuda":
+        raise UnavailableError(f"device {device}: this version of freemerge runs on the CPU only; leave the device out")
+    raise RecipeError(f"device {device}: there are auto and cpu")
+
+
+def _recipe(method_or_recipe, base, experts, dtype, parameters) -> Recipe:
+    if os.fspath(method_or_recipe) in methods.names():
+        return Recipe.from_flags(os.fspath(method_or_recipe), base, experts, parameters, dtype=dtype)
+    if base is None and not experts and not parameters and dtype is None:
+        return load_recipe(method_or_recipe)
+    methods.get(os.fspath(method_or_recipe))  # raises, naming the nearest
+    raise AssertionError
+
+
+def _open_all(recipe: Recipe, allow_pickle: bool, stack: ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
+    """The base (the first model, to copy from, where there is none) and the experts; all that cannot be opened in one error."""
+    opened: dict[str, Checkpoint] = {}
+    problems = []
+    wanted = [model for model in (recipe.base, *(expert.model for expert in recipe.experts)) if model is not None]
+    for model in dict.fromkeys(wanted):
+        try:
+            opened[model] = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    if not wanted:
+        raise RecipeError(listed(["the recipe names no model"], "List them under `models`."))
+    return opened[wanted[0]], [opened[expert.model] for expert in recipe.experts]
