@@ -91,7 +91,7 @@ def test_a_hint_about_a_vanished_file_does_not_raise(tmp_path):
         checkpoint.read("classifier.weight")
 
 
-def test_five_hundred_files_fit_a_low_limit_of_open_files(tmp_path):
+def test_three_hundred_shards_fit_a_low_limit_of_open_files(tmp_path):
     tensors = {f"t{i:03d}": np.full(3, i, np.float32) for i in range(300)}
     write_checkpoint(tmp_path, tensors, shards=300)
     code = f"""
