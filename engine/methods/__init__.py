@@ -11,32 +11,44 @@ A method module `engine/methods/<name>.py` is found by its name. It holds
 
     def merge_tensor(base, experts, *, name, <parameters>, out) -> None
 
-Parameters are keyword-only, annotated, with defaults, and explained in the `Args:` section of merge_tensor's docstring. Annotations:
-float, int, bool, str choices as Literal[...], `Patterns` (regular expressions searched in tensor names; see `matches`), `PerExpert` (one number
-for each expert: merge_tensor gets a tuple of T floats; a recipe may give one number for all), and `float | Literal[...]` or `... | None`.
-A parameter whose default is None is passed as None when the recipe does not give it; one for each expert is given for all experts or for none.
-`name` is the tensor's name. `base` and `experts` are contiguous float arrays of one shape, of any rank (0-d and zero-size included), `out` is like them.
+`name` is the tensor's name. `base` and `experts` are contiguous float arrays of one shape, of any rank (0-d and
+zero-size included); `out` is like them. Parameters are keyword-only, annotated, with defaults, and explained in the
+`Args:` section of merge_tensor's docstring. Annotations are float, int, bool, `Literal[...]` of words,
+`float | Literal[...]`, and
 
-Optional hooks, all called with the method's parameters (`**params`, every parameter by its name):
+    Patterns    regular expressions searched in tensor names (see `matches`)
+    PerExpert   one number for each expert: merge_tensor gets a tuple of T; a recipe may give one number for all
+    ... | None  not given is None; of a PerExpert, given for all experts or for none
 
-    plan_tensor(name, shape, *, experts, **params) -> TensorPlan      what merge_tensor will do with this tensor, for `--dry-run` and the memory limit
+Optional hooks, called with every parameter by its name (`**params`):
+
+    plan_tensor(name, shape, *, experts, **params) -> TensorPlan
+        What merge_tensor will do, for `--dry-run` and the memory limit; `experts` is their number.
     fit_expert(name, shape, expert_shape, **params) -> "crop" | "skip" | None
-                                                                 an expert's tensor of another shape than the base's: take [:H, :W] of it, leave this
-                                                                 expert out (merge_tensor gets None in its place), or None: it is an error
+        An expert's tensor of another shape than the base's: take [:H, :W] of it; leave this expert out (merge_tensor
+        gets None in its place); or None: it is an error.
 
-A method that writes experts (WRITES_EXPERTS) also has the following, in the order they are called. `expert` arrays are in their storage dtype, `merged` is the
-backbone's tensor in the dtype it is stored in.
+A method that writes experts (WRITES_EXPERTS) also has these, in the order they are called. `expert` arrays are in
+their storage dtype, `merged` is the backbone's tensor in the dtype it is stored in.
 
-    expert_scope(**params) -> "row" | "tensor" | "model"         what the selected entries compete with
-    expert_count(name, shape, **params) -> int                   entries one expert holds for this tensor (scope "model": at most); 0: it is not in the file
-    expert_rank(numel, **params) -> (first, last)                scope "model": of the magnitudes of all covered tensors, ranks first .. last - 1 are kept
+    expert_scope(**params) -> "row" | "tensor" | "model"
+        What the selected entries compete with.
+    expert_count(name, shape, **params) -> int
+        Entries one expert holds of this tensor (scope "model": at most). 0: the tensor is not in its file.
+    select_over_model(references, experts, **params) -> list[Selection]
+        Scope "model" only. One expert's arrays of all the tensors it covers, in order, and what they are relative to
+        (the tensors of the base or the merged ones: `relative_to`); answers one selection for each tensor.
     extract_expert(base, merged, expert, *, name, within=None, **params) -> SparseRows
-                                                                 the entries, unscaled; `within` are the model-wide thresholds, scope "model" only
+        The entries, unscaled; `within` is this tensor's selection, scope "model" only.
     measure_tensor(base, merged, experts, rows, *, name, **params) -> list[dict]
-                                                                 sums, one JSON-able dict for each expert; rows[t] is None where expert_count is 0
-    expert_scale(statistics, **params) -> float                  mu, from one expert's dicts in the order of the tensors
-    tensor_scale(mu, name, shape, **params) -> float             what this tensor's entries are multiplied by when applied
-    expert_mode(**params) -> "add" | "replace"                   theta = merged + scale * value, or: theta = base + scale * value where value is not 0
+        Sums of any merged or copied floating tensor, one JSON-able dict for each expert. rows[t] is None where
+        expert_count is 0, experts[t] where fit_expert left it out.
+    expert_scale(statistics, **params) -> float
+        mu, from one expert's dicts of all tensors.
+    tensor_scale(mu, name, shape, **params) -> float
+        What this tensor's entries are multiplied by when they are applied.
+    expert_mode(**params) -> "add" | "replace"
+        theta = merged + scale * value; or theta = base + scale * value wherever value is not 0.
 """
 
 import ast
@@ -89,7 +101,14 @@ class Method:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What merge_tensor does with one tensor: `workspace` bytes beside its inputs and output, `cost` in nanoseconds of one core."""
+    """What merge_tensor does with one tensor.
+
+    Args:
+        action: "copy" if the result is the base's tensor.
+        transform: in words.
+        workspace: bytes of memory needed beside inputs and output.
+        cost: nanoseconds of one core.
+    """
 
     action: Literal["merge", "copy"]
     transform: str = ""
@@ -104,8 +123,8 @@ def names() -> list[str]:
 
 def summaries() -> dict[str, str]:
     """Name -> first docstring line of each method, read without importing any."""
-    folder = Path(__file__).parent
-    return {name: _first_line(ast.get_docstring(ast.parse((folder / f"{name}.py").read_text("utf-8")))) for name in names()}
+    texts = {name: (Path(__file__).parent / f"{name}.py").read_text("utf-8") for name in names()}
+    return {name: _first_line(ast.get_docstring(ast.parse(text))) for name, text in texts.items()}
 
 
 @cache

@@ -13,7 +13,13 @@ USES_BASE = False
 
 
 def merge_tensor(
-    base: Array | None, experts: Sequence[Array], *, name: str, weight: PerExpert = 1.0, normalize: bool = True, out: Array
+    base: Array | None,
+    experts: Sequence[Array],
+    *,
+    name: str,
+    weight: PerExpert = 1.0,
+    normalize: bool = True,
+    out: Array,
 ) -> None:
     """Write sum_t weight[t] * experts[t], divided by the sum of the weights if `normalize`.
 

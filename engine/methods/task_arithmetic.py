@@ -24,11 +24,12 @@ def merge_tensor(
     normalize: bool = False,
     out: Array,
 ) -> None:
-    """Write base + scaling * sum_t weight[t] * (experts[t] - base), the sum divided by the sum of the weights if `normalize`.
+    """Write base + scaling * sum_t weight[t] * (experts[t] - base).
 
     Args:
         weight: weight of the expert's task vector; 1 if not given.
-        scaling: the coefficient on the sum; if not given, 0.3 (the paper's usual value), but 1 where weights are given, as in mergekit.
+        scaling: the coefficient on the sum; if not given, 0.3 (the paper's usual value), but 1 where weights are
+            given, as in mergekit.
         normalize: divide the sum by the sum of the weights.
     """
     if scaling is None:

@@ -45,7 +45,10 @@ def test_linear_and_average(tensors):
     close(merged("average", base, experts), mean)
     close(merged("linear", base, experts), mean)
     close(merged("linear", base, experts, weight=(1.0, 2.0, 1.0)), (experts[0] + 2 * experts[1] + experts[2]) / 4)
-    close(merged("linear", base, experts, weight=(0.5, 2.0, 0.1), normalize=False), 0.5 * experts[0] + 2 * experts[1] + 0.1 * experts[2])
+    close(
+        merged("linear", base, experts, weight=(0.5, 2.0, 0.1), normalize=False),
+        0.5 * experts[0] + 2 * experts[1] + 0.1 * experts[2],
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 3, 4, 5)])
