@@ -56,3 +56,21 @@ def test_patterns_are_searched_anywhere_in_the_name():
     assert not methods.matches("model.layers.0.mlp.weight", ())
     with pytest.raises(RecipeError, match="not a regular expression"):
         methods.matches("x", ("(",))
+
+
+def test_free_has_every_kind_of_parameter():
+    parameters = methods.get("free").parameters
+    kinds = {name: parameters[name].kind for name in ("cutoff", "radius_from", "align", "filter", "rescale", "weight")}
+    assert kinds == {
+        "cutoff": "number",
+        "radius_from": "choice",
+        "align": "flag",
+        "filter": "patterns",
+        "rescale": "number-or-choice",
+        "weight": "number",
+    }
+    assert parameters["radius_from"].choices == ("min", "max", "diagonal")
+    assert parameters["rescale"].choices == ("official", "weighted")
+    assert [name for name, parameter in parameters.items() if parameter.per_expert] == ["weight"]
+    assert set(methods.get("fr").parameters) < set(parameters)
+    assert set(methods.get("free").variants) == {"vit8", "vit30", "roberta", "script", "llm"}

@@ -1,0 +1,120 @@
+"""The sparse expert of FREE-Merging: which entries it keeps, and the scale they are applied with."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from freemerge.errors import RecipeError
+from freemerge.kernels.array import Array, SparseRows, rows_of
+from freemerge.kernels.count_magnitudes import allot_ties, count_magnitudes
+from freemerge.kernels.magnitude_threshold import magnitude_threshold
+from freemerge.kernels.sparse_rows import Selection, sparse_rows
+from freemerge.kernels.task_vector_statistics import task_vector_statistics
+from freemerge.methods._backbone import Backbone, align_ratios
+
+
+@dataclass(frozen=True)
+class SparseExpert:
+    """The expert's parameters of free; see free.merge_tensor."""
+
+    density: float
+    removal: float
+    selection: str
+    relative_to: str
+    rescale: float | str
+    expert_scaling: float
+    combine: str
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> "SparseExpert":
+        return cls(**{field.name: parameters[field.name] for field in fields(cls)})
+
+    def check(self) -> None:
+        """Raise RecipeError for shares that are none."""
+        for name in ("density", "removal"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise RecipeError(f"{name}: {share} is not a share of the entries; give a number from 0 to 1")
+
+    def ranks(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """First and last (exclusive) rank kept, of a row or of the tensor."""
+        if shape == () and self.selection == "row":
+            return 0, 1  # the official code passes 0-d tensors through
+        rows, width = rows_of(shape)
+        return self.ranks_of(width if self.selection == "row" else rows * width)
+
+    def ranks_of(self, numel: int) -> tuple[int, int]:
+        # products of doubles, cut off: METHODS section 0
+        first = int(numel * self.removal)
+        return first, min(first + int(numel * self.density), numel)
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        rows, width = rows_of(shape)
+        if self.selection == "model":
+            return rows * width
+        first, last = self.ranks(shape)
+        return (last - first) * (rows if self.selection == "row" else 1)
+
+    def extract(self, reference: Array, expert: Array, within: Selection | None) -> SparseRows:
+        if self.selection == "model":
+            return sparse_rows(reference, expert, within=within)
+        first, last = self.ranks(expert.shape)
+        return sparse_rows(reference, expert, first=first, last=last, scope=self.selection)
+
+    def select(self, references: Sequence[Array], experts: Sequence[Array]) -> list[Selection]:
+        """The thresholds of one expert over all its tensors, with each tensor's share of the ties."""
+        first, last = self.ranks_of(sum(expert.size for expert in experts))
+        limits = []
+        for rank in (last, first):
+            found = magnitude_threshold(references, experts, rank)
+            value = float(found.values[0])
+            equal = [count_magnitudes(*pair, value)[1] for pair in zip(references, experts, strict=True)]
+            limits.append((value, allot_ties(equal, int(found.ties[0]))))
+        (lower, lower_ties), (upper, upper_ties) = limits
+        return [Selection(lower, low, upper, up) for low, up in zip(lower_ties, upper_ties, strict=True)]
+
+    def measure(
+        self,
+        base: Array,
+        merged: Array,
+        experts: Sequence[Array | None],
+        rows: Sequence[SparseRows | None],
+        backbone: Backbone,
+        name: str,
+    ) -> list[dict]:
+        present = [t for t, expert in enumerate(experts) if expert is not None]
+        result: list[dict] = [{} for _ in experts]
+        reference = merged if self.relative_to == "merged" else base
+        arrays = [experts[t] for t in present]
+        if self.rescale == "weighted" and backbone.covers(name):
+            residuals = task_vector_statistics(reference, arrays).sum_abs
+            for t, residual in zip(present, residuals, strict=True):
+                result[t] = {"selected": _sum_abs(rows[t]), "residual": float(residual)}
+        elif self.rescale == "official":
+            # every floating tensor of the checkpoint counts, merged or not, once whatever its size
+            magnitudes = backbone.magnitudes(base, arrays, backbone.filters(name, base.shape))
+            if backbone.align:
+                ratios = align_ratios(magnitudes)
+                magnitudes = [magnitude * ratio for magnitude, ratio in zip(magnitudes, ratios, strict=True)]
+            for t, magnitude in zip(present, magnitudes, strict=True):
+                held = rows[t]
+                if held is None and not backbone.covers(name) and self.selection != "model":
+                    held = self.extract(reference, experts[t], None)
+                result[t] = {"selected": _sum_abs(held) / max(base.size, 1), "filtered": magnitude}
+        return result
+
+    def scale(self, statistics: Sequence[Mapping[str, float]]) -> float:
+        """mu of one expert; METHODS 1.4 (official) and 1.6 (weighted). 1 for an expert with nothing in it."""
+        if not isinstance(self.rescale, str):
+            return float(self.rescale)
+        selected = math.fsum(one["selected"] for one in statistics if one)
+        whole = math.fsum(one["filtered" if self.rescale == "official" else "residual"] for one in statistics if one)
+        if not (self.density and whole):
+            return 1.0
+        return -math.log10(self.density) * (selected / self.density) / whole
+
+
+def _sum_abs(rows: SparseRows | None) -> float:
+    return float(np.abs(rows.values).sum(dtype=np.float64)) if rows is not None else 0.0
