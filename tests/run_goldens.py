@@ -1,0 +1,331 @@
+"""Run golden cases through the public API: `python tests/run_goldens.py [DIR]`, by default tests/goldens.
+
+One line for each case: method, variant, case, worst absolute error, worst relative error and its tolerance, how much
+of the error allowed in the update (merged minus base) is used, and pass, fail or unsupported. Ends with 1 if a case
+fails. Format and tolerances: the README.md of the goldens.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent / "methods"))
+from in_memory import merge_state_dicts
+
+from freemerge import methods
+
+StateDict = dict[str, np.ndarray]
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
+DTYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+ROUNDING = {np.dtype(ml_dtypes.bfloat16): 4e-3, np.dtype(np.float16): 5e-4}  # one rounding to the storage dtype
+# rtol by method and group where it is not 1e-6: about four times the official code's own float32 error
+RTOL = {
+    ("adamerging", "expected_scalar"): 5e-6,
+    ("doge", "expected"): 2e-4,
+    ("doge", "expected_shift"): 1e-3,
+    ("fr_filter", "expected_delta"): 2e-6,
+    ("free", "expected_expert"): 5e-4,
+    ("free", "expected_infer"): 2e-6,
+    ("free", "expected_shared"): 2e-6,
+    ("opcm", "expected"): 2e-6,
+    ("opcm", "expected_step"): 2e-6,
+    ("pcb", "expected_scale"): 5e-6,
+    ("saft", "expected_step"): 2e-6,
+    ("smile", "expected_expert"): 1e-5,
+    ("smile", "expected_forward"): 2e-5,
+    ("tsvm", "expected"): 2e-6,
+    ("twin", "expected_expert"): 5e-4,
+    ("twin", "expected_infer"): 2e-6,
+}
+WEIGHTS = ("expected", "expected_hp", "expected_task", "expected_hp_task", "expected_infer")  # groups of whole weights
+
+
+class Unsupported(Exception):
+    pass
+
+
+@dataclass
+class Case:
+    """One golden file. `groups` holds its tensors by group; `hyper` the hyper-parameters of the official run."""
+
+    method: str
+    variant: str
+    name: str
+    hyper: dict[str, Any]
+    groups: dict[str, StateDict]
+
+    @property
+    def base(self) -> StateDict | None:
+        return self.groups.get("base")
+
+    @property
+    def experts(self) -> list[StateDict]:
+        return [
+            self.groups[f"expert{t}"]
+            for t in range(sum(bool(re.fullmatch(r"expert\d+", name)) for name in self.groups))
+        ]
+
+
+@dataclass
+class Result:
+    """Worst errors of a case. Shares are of the error allowed: above 1 the case fails."""
+
+    absolute: float = 0.0
+    relative: float = 0.0  # of the tensor with the largest share, as is rtol
+    rtol: float = 1e-6
+    share: float = 0.0
+    update_share: float = 0.0  # of the update, merged minus base
+    problems: list[str] = field(default_factory=list)
+
+
+def read_case(path: Path) -> Case:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    case = json.loads(header.pop("__metadata__")["case"])
+    groups: dict[str, StateDict] = {}
+    for name, info in header.items():
+        group, _, tensor = name.partition("/")
+        begin, end = (8 + length + offset for offset in info["data_offsets"])
+        array = np.frombuffer(data[begin:end], DTYPES[info["dtype"]]).reshape(info["shape"])
+        groups.setdefault(group, {})[tensor] = array
+    return Case(case["method"], case["variant"], case["case"], case["hyper"], groups)
+
+
+# ---- from the official code's hyper-parameters to ours
+
+OFFICIAL_NAMES = {
+    "cutoff": ("ratio", "filter_ratio", "high"),
+    "radius_from": ("radius_from",),
+    "align": ("with_align",),
+    "scaling": ("scaling_coef", "scaling", "lam"),
+    "weight": ("weight",),
+    "normalize": ("normalize",),
+    "density": ("top_k_keep", "keep"),
+    "removal": ("top_k_remove", "remove"),
+    "rescale": ("expert_factor",),
+}
+
+
+ANY, NOTHING = ["."], ["(?!)"]  # patterns
+
+
+def parameters_of(case: Case) -> dict[str, Any]:
+    """The parameters of our method that the hyper-parameters of an fr or free case ask for."""
+    known = methods.get(case.method).parameters
+    hyper = case.hyper
+    given = {
+        ours: hyper[key] for ours, keys in OFFICIAL_NAMES.items() for key in keys if ours in known and key in hyper
+    }
+    if "exclude" in hyper:  # the official code matches from the start of a name
+        given["exclude"] = [f"^(?:{pattern})" for pattern in hyper["exclude"]]
+    if "inner_ring" in hyper:
+        given["inner_ring"] = "official" if hyper["inner_ring"] else "clean"
+    if "mask_rate" in hyper:
+        given["density"] = 1 - hyper["mask_rate"]
+    if "shared_factor" in hyper:  # base + c * (expert_factor * expert or shared_factor * shared)
+        outer = hyper.get("scaling_coef", 1.0)
+        given |= {"scaling": outer * hyper["shared_factor"], "expert_scaling": outer}
+    return given
+
+
+def variant_of(case: Case) -> str:
+    variant = case.variant.split("_")[0]
+    if variant not in methods.get(case.method).variants:
+        raise Unsupported(f"variant {case.variant}")
+    return variant
+
+
+# ---- what each golden method compares: group -> how to compute it
+
+
+def compute(case: Case) -> dict[str, Callable[[], StateDict]]:
+    if case.method in COMPUTE:
+        return COMPUTE[case.method](case)
+    raise Unsupported("method")
+
+
+def whole_weights(case: Case, method: str, **parameters) -> dict[str, Callable[[], StateDict]]:
+    def run(dtype=None):
+        return merge_state_dicts(method, case.base, case.experts, dtype=dtype, **parameters)
+
+    return {"expected": run, "expected_hp": lambda: run(np.float32)}
+
+
+def mergekit(case: Case) -> dict[str, Callable[[], StateDict]]:
+    if case.variant not in methods.names():
+        raise Unsupported("method")
+    method = methods.get(case.variant)
+    given = {method.aliases.get(key, key): value for key, value in case.hyper.items() if key != "uses_base"}
+    if unknown := set(given) - set(method.parameters):
+        raise Unsupported(f"parameter {', '.join(sorted(unknown))}")
+    return whole_weights(case, case.variant, **given)
+
+
+def fr_filter(case: Case) -> dict[str, Callable[[], StateDict]]:
+    given = {"filter": ANY, "unfiltered": NOTHING, "scaling": 1.0, **parameters_of(Case("fr", "", "", case.hyper, {}))}
+
+    def run(group):
+        vectors = case.groups[group]
+        return merge_state_dicts("fr", zeros_like(vectors), [vectors], **given)
+
+    return {f"expected_{group}": lambda group=group: run(group) for group in case.groups if group.startswith("delta")}
+
+
+def fr(case: Case) -> dict[str, Callable[[], StateDict]]:
+    given = {"variant": variant_of(case), **parameters_of(case)}
+    return whole_weights(case, "fr", **given) | {"expected_shared": lambda: shared(case, "fr", given)}
+
+
+def free(case: Case) -> dict[str, Callable[[], StateDict]]:
+    if case.hyper.get("mask_strategy", "top") != "top":
+        raise Unsupported(f"mask_strategy {case.hyper['mask_strategy']}")
+    given = {"variant": variant_of(case), **parameters_of(case)}
+    if case.variant == "llm_free_as_shipped":
+        given["density"] = 0.0
+    merged = merge_state_dicts("free", case.base, case.experts, **given)
+
+    def infer():
+        logits = case.groups["aux"]["router_logits"].astype(np.float64)
+        chances = np.exp(logits - logits.max())
+        weights: StateDict = merged
+        for expert, chance in zip(merged.experts, chances / chances.sum(), strict=True):
+            weights = expert.apply(weights, weight=float(chance))
+        return weights
+
+    def rescaling():  # computed by the official code even where it takes a number instead
+        official = merge_state_dicts("free", case.base, case.experts, **given | {"rescale": "official"})
+        return {"rescaling": np.array([expert.mu for expert in official.experts])}
+
+    def expert(t):
+        if given.get("variant") == "script":  # relative to the merged model, whose experts add
+            return merged.experts[t].apply(zeros_like(merged))
+        # the golden holds roberta's before their factor
+        alone = shared(case, "free", given | ({"rescale": 1.0} if given["variant"] == "roberta" else {}))
+        return alone.experts[t].apply(zeros_like(alone))
+
+    groups = whole_weights(case, "free", **given) | {"expected": lambda: merged, "expected_infer": infer}
+    groups["expected_shared"] = lambda: shared(case, "free", given)
+    groups["expected_scalar"] = rescaling
+    for t, one in enumerate(merged.experts):
+        groups[f"expected_task{t}"] = lambda one=one: one.apply(merged)
+        groups[f"expected_expert{t}"] = lambda t=t: expert(t)
+    return groups
+
+
+def shared(case: Case, method: str, given: dict[str, Any]) -> StateDict:
+    """The sum of the task vectors of every floating tensor: merged onto zeros, where no rounding hides it."""
+    base = {name: array for name, array in case.base.items() if is_float(array)}
+    vectors = [{name: np.asarray(expert[name] - array) for name, array in base.items()} for expert in case.experts]
+    return merge_state_dicts(method, zeros_like(base), vectors, **{**given, "scaling": 1.0, "include": ANY})
+
+
+COMPUTE = {
+    "average": lambda case: whole_weights(case, "average"),
+    "task_arithmetic": lambda case: whole_weights(case, "task_arithmetic", scaling=case.hyper["lam"]),
+    "mergekit": mergekit,
+    "fr_filter": fr_filter,
+    "fr": fr,
+    "free": free,
+}
+
+
+def zeros_like(tensors: StateDict) -> StateDict:
+    return {name: np.zeros(array.shape, array.dtype) for name, array in tensors.items()}
+
+
+# ---- comparison
+
+
+def is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind in "fV"  # ml_dtypes' bfloat16 is of kind V
+
+
+def compare(case: Case) -> Result:
+    result = Result()
+    computed = compute(case)
+    wanted = [group for group in case.groups if group.startswith("expected")]
+    if missing := [group for group in wanted if group not in computed]:
+        raise Unsupported(f"group {', '.join(missing)}")
+    for group in wanted:
+        _compare_group(case, group, computed[group](), result)
+    return result
+
+
+def _compare_group(case: Case, group: str, computed: StateDict, result: Result) -> None:
+    kind = re.sub(r"\d+$", "", group)
+    for name, golden in case.groups[group].items():
+        label = f"{group}/{name}"
+        if name not in computed or computed[name].shape != golden.shape:
+            result.problems.append(f"{label} is missing or of another shape")
+        elif not is_float(golden):
+            if not np.array_equal(computed[name], golden):
+                result.problems.append(f"{label} differs")
+        else:
+            _compare_floats(case, kind, label, name, computed[name], golden, result)
+
+
+def _compare_floats(
+    case: Case, kind: str, label: str, name: str, computed: np.ndarray, golden: np.ndarray, result: Result
+) -> None:
+    rtol = max(RTOL.get((case.method, kind), 1e-6), ROUNDING.get(golden.dtype, 0.0))
+    ours, theirs = computed.astype(np.float64), golden.astype(np.float64)
+    if not np.all(np.isfinite(ours) == np.isfinite(theirs)):
+        result.problems.append(f"{label}: not finite")
+        return
+    error, size = _max(ours - theirs), _max(theirs)
+    precise = case.groups.get(label.split("/")[0].replace("expected", "expected_hp"), {}).get(name)
+    # what the official code's own roundings to the storage dtype cost it is not asked of us
+    drift = _max(theirs - precise) if precise is not None else 0.0
+    share = error / (rtol * size + drift or 1e-12)
+    result.absolute = max(result.absolute, error)
+    if share >= result.share:
+        result.share, result.relative, result.rtol = share, (error / size if size else 0.0), rtol
+    if share > 1:
+        result.problems.append(f"{label} is off by {error:.1e}")
+    exact = golden.dtype not in ROUNDING and kind in WEIGHTS and case.base is not None
+    if exact and name in case.base and case.base[name].shape == golden.shape:
+        start = case.base[name].astype(np.float64)
+        allowed = 3e-7 * _max(start) + 2e-4 * _max(theirs - start)
+        update_share = _max((ours - start) - (theirs - start)) / (allowed or 1e-12)
+        result.update_share = max(result.update_share, update_share)
+        if update_share > 1:
+            result.problems.append(f"the update of {label} is off by {update_share:.1f} times what is allowed")
+
+
+def _max(values: np.ndarray) -> float:
+    return float(np.max(np.abs(values), initial=0.0))
+
+
+def report(path: Path) -> str:
+    """Print the line of one case; pass, fail or unsupported."""
+    case = read_case(path)
+    title = f"{case.method:<16} {case.variant:<20} {path.stem:<26}"
+    try:
+        result = compare(case)
+    except Unsupported as reason:
+        print(f"{title} unsupported: {reason}")
+        return "unsupported"
+    verdict = "fail" if result.problems else "pass"
+    errors = f"abs {result.absolute:.1e}  rel {result.relative:.1e} of {result.rtol:.0e}"
+    print(f"{title} {errors}  update {result.update_share:6.1%}  {': '.join([verdict, *result.problems[:1]])}")
+    return verdict
+
+
+def main(arguments: list[str]) -> int:
+    folder = Path(arguments[0]) if arguments else Path(__file__).parent / "goldens"
+    verdicts = [report(path) for path in sorted(folder.rglob("*.safetensors"))]
+    print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "fail", "unsupported")))
+    return 1 if "fail" in verdicts or not verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
