@@ -69,9 +69,10 @@ class SparseExpert:
         limits = []
         for rank in (last, first):
             found = magnitude_threshold(references, experts, rank)
-            value = float(found.values[0])
-            equal = [count_magnitudes(*pair, value)[1] for pair in zip(references, experts, strict=True)]
-            limits.append((value, allot_ties(equal, int(found.ties[0]))))
+            value, ties = float(found.values[0]), int(found.ties[0])
+            pairs = zip(references, experts, strict=True)
+            equal = [count_magnitudes(*pair, value)[1] if ties else 0 for pair in pairs]
+            limits.append((value, allot_ties(equal, ties)))
         (lower, lower_ties), (upper, upper_ties) = limits
         return [Selection(lower, low, upper, up) for low, up in zip(lower_ties, upper_ties, strict=True)]
 
