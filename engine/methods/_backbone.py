@@ -65,18 +65,16 @@ class Backbone:
         weights = per_expert(self.weight, len(experts))
         weights = [weight for weight, expert in zip(weights, experts, strict=True) if expert is not None]
         experts = [expert for expert in experts if expert is not None]
-        if self.align:
-            ratios = align_ratios(self.magnitudes(base, experts, filtered))
-            weights = [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
+        ratios = align_ratios(self.magnitudes(base, experts, filtered)) if self.align else [1.0] * len(experts)
         if self.bias_rule == "first" and not filtered:
-            weights, experts = weights[:1], experts[:1]
+            weights, ratios, experts = weights[:1], ratios[:1], experts[:1]
         scaling = self.scaling**2 if self.coefficient == "vit8" and filtered else self.scaling
         if self.elect:
-            for run, vectors in self._task_vectors(base, experts, filtered):
+            for run, vectors in self._task_vectors(base, experts, ratios, filtered):
                 start, target = base.reshape(-1)[run], out.reshape(-1)[run]
                 add_elected(start, vectors, weights, scaling=scaling, normalize=self.normalize, out=target)
             return None
-        numbers = coefficients(weights, scaling, self.normalize)
+        numbers = [c * ratio for c, ratio in zip(coefficients(weights, scaling, self.normalize), ratios, strict=True)]
         if filtered:
             return high_pass(base, experts, numbers, **self._mask, out=out)
         return add_task_vectors(base, experts, numbers, out=out)
@@ -110,19 +108,19 @@ class Backbone:
         return {"cutoff": self.cutoff, "radius_from": self.radius_from, "inner_ring": self.inner_ring}
 
     def _task_vectors(
-        self, base: Array, experts: Sequence[Array], filtered: bool
+        self, base: Array, experts: Sequence[Array], ratios: Sequence[float], filtered: bool
     ) -> Iterator[tuple[slice, list[Array]]]:
-        # runs of the flattened tensor with their float32 task vectors; a filtered tensor is one run
+        # runs of the flattened tensor with their float32, aligned task vectors; a filtered tensor is one run
         if filtered:
             vectors = [np.empty(base.shape, np.float32) for _ in experts]
-            for expert, vector in zip(experts, vectors, strict=True):
-                high_pass(base, [expert], [1.0], **self._mask, add_base=False, out=vector)
+            for expert, ratio, vector in zip(experts, ratios, vectors, strict=True):
+                high_pass(base, [expert], [ratio], **self._mask, add_base=False, out=vector)
             yield slice(0, base.size), [vector.reshape(-1) for vector in vectors]
             return
-        flat = base.reshape(-1)
+        flat, pairs = base.reshape(-1), [*zip(experts, ratios, strict=True)]
         for begin in range(0, base.size, ELECTED_RUN):
             run = slice(begin, min(begin + ELECTED_RUN, base.size))
-            yield run, [task_vector(flat[run], expert.reshape(-1)[run]) for expert in experts]
+            yield run, [task_vector(flat[run], expert.reshape(-1)[run]) * np.float32(ratio) for expert, ratio in pairs]
 
 
 def align_ratios(magnitudes: Sequence[float]) -> list[float]:

@@ -91,6 +91,17 @@ def test_align_scales_up_to_the_largest_mean_magnitude(matrices, name):
     close(merged(name, base, experts, align=True), expected)
 
 
+def test_align_does_not_change_what_normalize_divides_by(matrices):
+    base, *experts = matrices
+    given = {"align": True, "weight": (0.5, 1.0, 0.5)}
+    for elect in (False, True):
+        alone = [base, base, experts[1]]  # experts that do not move neither vote nor have a ratio
+        plain = merged(BIAS, base, alone, **given, elect=elect)
+        close(plain, base + 0.3 * 0.5 * (experts[1] - base))
+        normalized = merged(BIAS, base, alone, **given, elect=elect, normalize=True)
+        close(normalized, base + 0.3 / (0.5 if elect else 2.0) * 0.5 * (experts[1] - base))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", [WEIGHT, BIAS])
 def test_elect_sums_what_agrees_with_the_sum(matrices, name, normalize):
