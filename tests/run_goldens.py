@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 from in_memory import merge_state_dicts
 
 from freemerge import methods
+from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 
 StateDict = dict[str, np.ndarray]
 
@@ -196,14 +197,15 @@ def free(case: Case) -> dict[str, Callable[[], StateDict]]:
     def infer():
         logits = case.groups["aux"]["router_logits"].astype(np.float64)
         chances = np.exp(logits - logits.max())
-        weights: StateDict = merged
+        weights = {name: np.array(array) for name, array in merged.items()}
         for expert, chance in zip(merged.experts, chances / chances.sum(), strict=True):
-            weights = expert.apply(weights, weight=float(chance))
+            for name, rows in expert.tensors.items():
+                apply_sparse_rows(weights[name], rows, float(chance) * expert.scale(name), out=weights[name])
         return weights
 
     def rescaling():  # computed by the official code even where it takes a number instead
         official = merge_state_dicts("free", case.base, case.experts, **given | {"rescale": "official"})
-        return {"rescaling": np.array([expert.mu for expert in official.experts])}
+        return {"rescaling": np.array([expert.metadata["mu"] for expert in official.experts])}
 
     def expert(t):
         if given.get("variant") == "script":  # relative to the merged model, whose experts add

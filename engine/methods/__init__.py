@@ -35,9 +35,9 @@ their storage dtype, `merged` is the backbone's tensor in the dtype it is stored
         What the selected entries compete with.
     expert_count(name, shape, **params) -> int
         Entries one expert holds of this tensor (scope "model": at most). 0: the tensor is not in its file.
-    select_over_model(references, experts, **params) -> list[Selection]
-        Scope "model" only. One expert's arrays of all the tensors it covers, in order, and what they are relative to
-        (the tensors of the base or the merged ones: `relative_to`); answers one selection for each tensor.
+    select_over_model(bases, merged, experts, **params) -> list[tuple[Selection, int]]
+        Scope "model" only, for one expert: the arrays of all the tensors it covers. For each tensor its selection, and
+        how many entries that is.
     extract_expert(base, merged, expert, *, name, within=None, **params) -> SparseRows
         The entries, unscaled; `within` is this tensor's selection, scope "model" only.
     measure_tensor(base, merged, experts, rows, *, name, **params) -> list[dict]

@@ -63,18 +63,16 @@ class SparseExpert:
         first, last = self.ranks(expert.shape)
         return sparse_rows(reference, expert, first=first, last=last, scope=self.selection)
 
-    def select(self, references: Sequence[Array], experts: Sequence[Array]) -> list[Selection]:
-        """The thresholds of one expert over all its tensors, with each tensor's share of the ties."""
+    def select(self, references: Sequence[Array], experts: Sequence[Array]) -> list[tuple[Selection, int]]:
+        """The thresholds of one expert over all its tensors; for each its share of the ties, and how many it keeps."""
         first, last = self.ranks_of(sum(expert.size for expert in experts))
-        limits = []
-        for rank in (last, first):
-            found = magnitude_threshold(references, experts, rank)
-            value, ties = float(found.values[0]), int(found.ties[0])
-            pairs = zip(references, experts, strict=True)
-            equal = [count_magnitudes(*pair, value)[1] if ties else 0 for pair in pairs]
-            limits.append((value, allot_ties(equal, ties)))
-        (lower, lower_ties), (upper, upper_ties) = limits
-        return [Selection(lower, low, upper, up) for low, up in zip(lower_ties, upper_ties, strict=True)]
+        lower, lowest, kept = _threshold(references, experts, last)
+        upper, highest, removed = _threshold(references, experts, first)
+        counts = [keep - remove for keep, remove in zip(kept, removed, strict=True)]
+        return [
+            (Selection(lower, low, upper, high), count)
+            for low, high, count in zip(lowest, highest, counts, strict=True)
+        ]
 
     def measure(
         self,
@@ -115,6 +113,17 @@ class SparseExpert:
         if not (self.density and whole):
             return 1.0
         return -math.log10(self.density) * (selected / self.density) / whole
+
+
+def _threshold(references: Sequence[Array], experts: Sequence[Array], rank: int) -> tuple[float, list[int], list[int]]:
+    """The rank-th largest magnitude; for each tensor, how many entries equal to it count, and how many in all."""
+    found = magnitude_threshold(references, experts, rank)
+    value, ties = float(found.values[0]), int(found.ties[0])
+    if rank == 0:
+        return value, [0] * len(experts), [0] * len(experts)
+    counts = [count_magnitudes(*pair, value) for pair in zip(references, experts, strict=True)]
+    shares = allot_ties((equal for _, equal in counts), ties)
+    return value, shares, [greater + share for (greater, _), share in zip(counts, shares, strict=True)]
 
 
 def _sum_abs(rows: SparseRows | None) -> float:

@@ -124,7 +124,10 @@ def expert_count(name: str, shape: tuple[int, ...], **parameters) -> int:
     return SparseExpert.of(parameters).count(shape) if Backbone.of(parameters).covers(name) else 0
 
 
-def select_over_model(references: Sequence[Array], experts: Sequence[Array], **parameters) -> list[Selection]:
+def select_over_model(
+    bases: Sequence[Array], merged: Sequence[Array], experts: Sequence[Array], **parameters
+) -> list[tuple[Selection, int]]:
+    references = merged if parameters["relative_to"] == "merged" else bases
     return SparseExpert.of(parameters).select(references, experts)
 
 

@@ -1,6 +1,7 @@
 """A merge in memory by a plain loop over a method's hooks: what the engine does, without files, threads or limits."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,22 +18,25 @@ class Merged(dict):
 
 @dataclass
 class Expert:
-    mu: float
+    metadata: dict[str, Any]
     mode: str
-    rows: dict[str, SparseRows]
+    tensors: dict[str, SparseRows]
     scales: dict[str, float]
     base: dict[str, np.ndarray]
 
-    def apply(self, state_dict, weight=1.0):
+    def scale(self, name):
+        return self.scales[name]
+
+    def apply(self, state_dict):
         result = dict(state_dict)
-        for name, rows in self.rows.items():
+        for name, rows in self.tensors.items():
             result[name] = np.empty_like(state_dict[name])
             start = None
             if self.mode == "replace":
                 height = len(rows.offsets) - 1
                 index = np.repeat(np.arange(height), np.diff(rows.offsets)), rows.columns
                 start = self.base[name].reshape(height, -1)[index] if rows.count else np.zeros(0, np.float32)
-            apply_sparse_rows(state_dict[name], rows, weight * self.scales[name], start=start, out=result[name])
+            apply_sparse_rows(state_dict[name], rows, self.scales[name], start=start, out=result[name])
         return result
 
 
@@ -67,16 +71,14 @@ def _fit(module, name, array, theirs, params):
 
 def _experts(module, base, merged, fitted, floating, params):
     count = len(fitted[floating[0]])
-    relative = merged if params["relative_to"] == "merged" else base
     rows = [{} for _ in range(count)]
     for t in range(count):
         covered = [n for n in floating if fitted[n][t] is not None and module.expert_count(n, base[n].shape, **params)]
         within = dict.fromkeys(covered)
         if module.expert_scope(**params) == "model":
-            selections = module.select_over_model(
-                [relative[n] for n in covered], [fitted[n][t] for n in covered], **params
-            )
-            within = dict(zip(covered, selections, strict=True))
+            arrays = ([tensors[n] for n in covered] for tensors in (base, merged))
+            found = module.select_over_model(*arrays, [fitted[n][t] for n in covered], **params)
+            within = {name: selection for name, (selection, _) in zip(covered, found, strict=True)}
         for name in covered:
             rows[t][name] = module.extract_expert(
                 base[name], merged[name], fitted[name][t], name=name, within=within[name], **params
@@ -91,5 +93,5 @@ def _experts(module, base, merged, fitted, floating, params):
     for t in range(count):
         mu = module.expert_scale([one[t] for one in statistics], **params)
         scales = {name: module.tensor_scale(mu, name, base[name].shape, **params) for name in rows[t]}
-        experts.append(Expert(mu, module.expert_mode(**params), rows[t], scales, base))
+        experts.append(Expert({"mu": mu}, module.expert_mode(**params), rows[t], scales, base))
     return experts

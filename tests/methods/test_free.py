@@ -38,7 +38,7 @@ def models():
 
 
 def dense(expert, name):
-    return expert.rows[name].to_dense() if name in expert.rows else np.zeros(SHAPES[name], np.float32)
+    return expert.tensors[name].to_dense() if name in expert.tensors else np.zeros(SHAPES[name], np.float32)
 
 
 def largest(values, count):
@@ -73,10 +73,12 @@ def test_the_default_keeps_the_largest_of_each_tensor_relative_to_the_backbone(m
             )
         # both sums are in double; ours add float32 differences in another order
         expected = -math.log10(density) * (selected / density) / whole if density else 1.0
-        assert expert.mu == pytest.approx(expected, rel=1e-12)
+        assert expert.metadata["mu"] == pytest.approx(expected, rel=1e-12)
         applied = expert.apply(merged)
         for name in SHAPES:
-            np.testing.assert_array_equal(applied[name], merged[name] + np.float32(expert.mu) * dense(expert, name))
+            np.testing.assert_array_equal(
+                applied[name], merged[name] + np.float32(expert.metadata["mu"]) * dense(expert, name)
+            )
 
 
 def test_density_1_with_a_number_gives_the_expert_back(models):
@@ -120,8 +122,8 @@ def test_model_selection_ranks_all_tensors_together(dtype, removal):
         last = first + int(flat.size * 0.05)
         kept = np.concatenate([dense(expert, name).ravel() for name in names])
         np.testing.assert_array_equal(kept, largest(flat, last) - largest(flat, first))
-        assert "embed.weight" not in expert.rows
-        assert sum(rows.count for rows in expert.rows.values()) == last - first
+        assert "embed.weight" not in expert.tensors
+        assert sum(rows.count for rows in expert.tensors.values()) == last - first
 
 
 def test_replace_puts_base_plus_entry_where_the_expert_has_one(models):
@@ -140,7 +142,7 @@ def test_an_expert_that_does_not_move_is_empty_of_effect(models):
     base, experts = models
     for rescale in ("official", "weighted"):
         merged = merge_state_dicts("free", base, [base, experts[0]], relative_to="base", rescale=rescale)
-        assert merged.experts[0].mu == 1.0
+        assert merged.experts[0].metadata["mu"] == 1.0
         for name, tensor in merged.experts[0].apply(merged).items():
             np.testing.assert_array_equal(tensor, merged[name])
 
@@ -154,7 +156,22 @@ def test_official_mu_weighs_every_tensor_alike(models):
         spread = np.mean([np.abs(vector).mean() if vector.size else 0.0 for vector in vectors.values()])
         kept = np.mean([np.abs(dense(expert, name)).mean() if SHAPES[name] != (0, 3) else 0.0 for name in SHAPES])
         # means of float32 values formed in different orders
-        assert expert.mu == pytest.approx((kept / 0.1) / spread, rel=1e-5)
+        assert expert.metadata["mu"] == pytest.approx((kept / 0.1) / spread, rel=1e-5)
+
+
+@pytest.mark.parametrize("relative_to", ["base", "merged"])
+@pytest.mark.parametrize("given", [{"density": 0.0}, {"density": 0.1, "removal": 0.02}, {"density": 1.0}], ids=str)
+def test_counts_of_model_selection_are_those_of_the_entries(given, relative_to):
+    base, expert, merged = (checkpoint(seed, np.float16, scale=0.01) for seed in range(3))  # float16: many ties
+    free = methods.get("free").module
+    parameters = {p.name: p.default for p in methods.get("free").parameters.values()}
+    parameters |= {"selection": "model", "relative_to": relative_to, **given}
+    found = free.select_over_model(
+        *([tensors[name] for name in SHAPES] for tensors in (base, merged, expert)), **parameters
+    )
+    for name, (selection, count) in zip(SHAPES, found, strict=True):
+        rows = free.extract_expert(base[name], merged[name], expert[name], name=name, within=selection, **parameters)
+        assert rows.count == count
 
 
 @pytest.mark.parametrize("given", [{"density": 1.5}, {"density": -0.1}, {"removal": 2.0}], ids=str)
@@ -171,5 +188,5 @@ def test_counts_are_known_from_shapes(models):
         merged = merge_state_dicts("free", base, experts, **given)
         for expert in merged.experts:
             for name, shape in SHAPES.items():
-                held = expert.rows[name].count if name in expert.rows else 0
+                held = expert.tensors[name].count if name in expert.tensors else 0
                 assert held == methods.get("free").module.expert_count(name, shape, **parameters), (given, name)
