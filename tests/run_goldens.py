@@ -16,10 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent / "methods"))
-from in_memory import merge_state_dicts
 
-from freemerge import methods
+from freemerge import merge_state_dicts, methods
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 
 StateDict = dict[str, np.ndarray]
@@ -158,7 +156,7 @@ def whole_weights(case: Case, method: str, **parameters) -> dict[str, Callable[[
     def run(dtype=None):
         return merge_state_dicts(method, case.base, case.experts, dtype=dtype, **parameters)
 
-    return {"expected": run, "expected_hp": lambda: run(np.float32)}
+    return {"expected": run, "expected_hp": lambda: run("float32")}
 
 
 def mergekit(case: Case) -> dict[str, Callable[[], StateDict]]:

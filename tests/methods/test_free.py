@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from freemerge import methods
+from freemerge import merge_state_dicts, methods
 from freemerge.errors import RecipeError
 from freemerge.kernels.array import store
 from freemerge.testing import random_array
 
-from in_memory import merge_state_dicts
 
 SHAPES = {
     "layers.0.mlp.weight": (24, 40),
