@@ -205,6 +205,10 @@ def free(case: Case) -> dict[str, Callable[[], StateDict]]:
         official = merge_state_dicts("free", case.base, case.experts, **given | {"rescale": "official"})
         return {"rescaling": np.array([expert.metadata["mu"] for expert in official.experts])}
 
+    def task_in_float32(t):
+        wide = merge_state_dicts("free", case.base, case.experts, dtype="float32", **given)
+        return wide.experts[t].apply(wide)
+
     def expert(t):
         if given.get("variant") == "script":  # relative to the merged model, whose experts add
             return merged.experts[t].apply(zeros_like(merged))
@@ -217,14 +221,18 @@ def free(case: Case) -> dict[str, Callable[[], StateDict]]:
     groups["expected_scalar"] = rescaling
     for t, one in enumerate(merged.experts):
         groups[f"expected_task{t}"] = lambda one=one: one.apply(merged)
+        groups[f"expected_hp_task{t}"] = lambda t=t: task_in_float32(t)
         groups[f"expected_expert{t}"] = lambda t=t: expert(t)
     return groups
 
 
 def shared(case: Case, method: str, given: dict[str, Any]) -> StateDict:
     """The sum of the task vectors of every floating tensor: merged onto zeros, where no rounding hides it."""
-    base = {name: array for name, array in case.base.items() if is_float(array)}
-    vectors = [{name: np.asarray(expert[name] - array) for name, array in base.items()} for expert in case.experts]
+    base = {name: array.astype(np.float32) for name, array in case.base.items() if is_float(array)}
+    vectors = [
+        {name: np.asarray(expert[name].astype(np.float32) - array) for name, array in base.items()}
+        for expert in case.experts
+    ]
     return merge_state_dicts(method, zeros_like(base), vectors, **{**given, "scaling": 1.0, "include": ANY})
 
 

@@ -125,6 +125,18 @@ def test_model_selection_ranks_all_tensors_together(dtype, removal):
         assert sum(rows.count for rows in expert.tensors.values()) == last - first
 
 
+def test_an_expert_that_crop_leaves_out_has_no_entries_of_that_tensor(models):
+    base, experts = models
+    rows, columns = SHAPES["layers.0.mlp.weight"]
+    experts[1]["layers.0.mlp.weight"] = random_array((rows + 1, columns), np.float32, 7)
+    merged = merge_state_dicts("free", base, experts, density=0.1, crop=True)
+    without = merge_state_dicts("free", base, [experts[0], experts[2]], density=0.1)
+    np.testing.assert_array_equal(merged["layers.0.mlp.weight"], without["layers.0.mlp.weight"])
+    assert "layers.0.mlp.weight" not in merged.experts[1].tensors
+    assert "layers.0.mlp.weight" in merged.experts[0].tensors
+    assert np.isfinite(merged.experts[1].metadata["mu"])
+
+
 def test_replace_puts_base_plus_entry_where_the_expert_has_one(models):
     base, experts = models
     given = {"combine": "replace", "relative_to": "base", "density": 0.1, "rescale": 3.0, "expert_scaling": 0.5}
