@@ -8,19 +8,20 @@
 namespace freemerge {
 namespace FREEMERGE_ISA {
 
-static MagnitudeCounts count(const Source& base, const Source& expert, std::size_t start, std::size_t end, std::uint32_t value) {
+static MagnitudeCounts count(const Source& base, const Source& expert, std::size_t start, std::size_t end, Magnitude value) {
   alignas(64) float tile[TILE];
   MagnitudeCounts counts{0, 0};
   for (; start < end; start += TILE) {
     const std::size_t n = std::min(TILE, end - start);
     task_vector_tile(base, expert, start, n, tile);
-    std::uint32_t greater = 0, equal = 0;
+    Magnitude greater = 0, equal = 0;  // as wide as what is compared: a register holds as many of either
     for (std::size_t i = 0; i < n; ++i) {
-      greater += magnitude_of(tile[i]) > value;
-      equal += magnitude_of(tile[i]) == value;
+      const Magnitude magnitude = magnitude_of(tile[i]);
+      greater -= -(magnitude > value);
+      equal -= -(magnitude == value);
     }
-    counts.greater += greater;
-    counts.equal += equal;
+    counts.greater += static_cast<std::size_t>(greater);
+    counts.equal += static_cast<std::size_t>(equal);
   }
   return counts;
 }

@@ -22,13 +22,27 @@ struct Histogram {
   std::vector<std::uint32_t> counts = std::vector<std::uint32_t>(BUCKETS * WAYS);
 
   void count_upper(const float* tile, std::size_t n) {
-    for (std::size_t i = 0; i < n; ++i) ++counts[(magnitude_of(tile[i]) >> 16) * WAYS + i % WAYS];
+    for (std::size_t i = 0; i < n; ++i) ++counts[static_cast<std::size_t>(magnitude_of(tile[i]) >> 16) * WAYS + i % WAYS];
   }
 
-  void count_lower(const float* tile, std::size_t n, std::uint32_t bucket) {
+  void count_lower(const float* tile, std::size_t n, Magnitude bucket) {
+    std::size_t i = 0;
+    for (; i + GROUP <= n; i += GROUP)
+      if (any_in(tile + i, bucket)) count_group(tile + i, GROUP, bucket);
+    count_group(tile + i, n - i, bucket);
+  }
+
+ private:
+  static bool any_in(const float* values, Magnitude bucket) {
+    Magnitude hits = 0;
+    for (std::size_t i = 0; i < GROUP; ++i) hits |= -(magnitude_of(values[i]) >> 16 == bucket);
+    return hits != 0;
+  }
+
+  void count_group(const float* values, std::size_t n, Magnitude bucket) {
     for (std::size_t i = 0; i < n; ++i) {
-      const std::uint32_t magnitude = magnitude_of(tile[i]);
-      if (magnitude >> 16 == bucket) ++counts[(magnitude & 0xffff) * WAYS + i % WAYS];
+      const Magnitude magnitude = magnitude_of(values[i]);
+      if (magnitude >> 16 == bucket) ++counts[static_cast<std::size_t>(magnitude & 0xffff) * WAYS + i % WAYS];
     }
   }
 };
@@ -53,12 +67,12 @@ class Histograms {
   }
 
   // The bucket that holds the rank-th largest entry, and its rank in there.
-  std::pair<std::uint32_t, std::size_t> locate(std::size_t rank) const {
+  std::pair<Magnitude, std::size_t> locate(std::size_t rank) const {
     for (std::size_t bucket = BUCKETS; bucket-- > 0;) {
       std::size_t count = 0;
       for (const auto& histogram : all_)
         for (std::size_t way = 0; way < Histogram::WAYS; ++way) count += histogram->counts[bucket * Histogram::WAYS + way];
-      if (rank <= count) return {static_cast<std::uint32_t>(bucket), rank};
+      if (rank <= count) return {static_cast<Magnitude>(bucket), rank};
       rank -= count;
     }
     return {0, rank};
@@ -90,8 +104,55 @@ static void sweep(const std::vector<Pair>& tensors, Histograms& histograms, cons
   });
 }
 
+// The upper bits of the magnitudes in memory narrow the search to one bucket; what falls into it is copied and partly sorted.
+static std::size_t gather_bucket(const Magnitude* magnitudes, std::size_t n, std::size_t& rank, std::vector<Magnitude>& bucket) {
+  constexpr int SHIFT = 20;
+  std::uint32_t counts[2][(INFINITE >> SHIFT) + 1] = {};
+  for (std::size_t i = 0; i < n; ++i) ++counts[i % 2][magnitudes[i] >> SHIFT];
+  Magnitude found = INFINITE >> SHIFT;
+  for (; rank > counts[0][found] + counts[1][found]; --found) rank -= counts[0][found] + counts[1][found];
+  bucket.resize(counts[0][found] + counts[1][found] + 1);  // and one that is written before it is known not to belong
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    bucket[kept] = magnitudes[i];
+    kept += magnitudes[i] >> SHIFT == found;
+  }
+  return kept;
+}
+
+BitCut find_cut(const Magnitude* magnitudes, std::size_t n, std::size_t rank) {
+  if (rank == 0) return {INFINITE, 0};
+  thread_local std::vector<Magnitude> bucket;
+  n = gather_bucket(magnitudes, n, rank, bucket);
+  const auto nth = bucket.begin() + static_cast<std::ptrdiff_t>(rank - 1);
+  std::nth_element(bucket.begin(), nth, bucket.begin() + static_cast<std::ptrdiff_t>(n), std::greater<Magnitude>());
+  const Magnitude value = *nth;
+  return {value, rank - static_cast<std::size_t>(std::count_if(bucket.begin(), nth, [value](Magnitude m) { return m > value; }))};
+}
+
+// Task vectors of so few elements are held in memory rather than swept over: histograms would take longer to clear.
+constexpr std::size_t SMALL = 262144;
+
+static Cut small_threshold(const std::vector<Pair>& tensors, std::size_t total, std::size_t rank) {
+  std::vector<Magnitude> magnitudes(total);
+  auto next = magnitudes.begin();
+  alignas(64) float tile[TILE];
+  for (const Pair& tensor : tensors) {
+    for (std::size_t start = 0; start < tensor.n; start += TILE) {
+      const std::size_t n = std::min(TILE, tensor.n - start);
+      task_vector_tile(tensor.base, tensor.expert, start, n, tile);
+      next = std::transform(tile, tile + n, next, magnitude_of);
+    }
+  }
+  const BitCut cut = find_cut(magnitudes.data(), total, rank);
+  return {value_of(cut.value), cut.ties};
+}
+
 Cut magnitude_threshold(const std::vector<Pair>& tensors, std::size_t rank) {
-  if (rank == 0) return {value_of(NOTHING.value), NOTHING.ties};
+  if (rank == 0) return {value_of(INFINITE), 0};
+  std::size_t total = 0;
+  for (const Pair& tensor : tensors) total += tensor.n;
+  if (total <= SMALL) return small_threshold(tensors, total, rank);
   Histograms upper, lower;
   sweep(tensors, upper, [](const float* tile, std::size_t n, Histogram& histogram) { histogram.count_upper(tile, n); });
   const auto [bucket, rank_in_bucket] = upper.locate(rank);
@@ -102,19 +163,11 @@ Cut magnitude_threshold(const std::vector<Pair>& tensors, std::size_t rank) {
   return {value_of(bucket << 16 | low_bits), ties};
 }
 
-BitCut cut_in_place(std::uint32_t* magnitudes, std::size_t n, std::size_t rank) {
-  if (rank == 0) return NOTHING;
-  std::uint32_t* nth = magnitudes + (rank - 1);
-  std::nth_element(magnitudes, nth, magnitudes + n, std::greater<std::uint32_t>());
-  const std::uint32_t value = *nth;
-  return {value, rank - std::count_if(magnitudes, nth, [value](std::uint32_t m) { return m > value; })};
-}
-
 void row_thresholds(const Source& base, const Source& expert, std::size_t rows, std::size_t width, std::size_t rank, float* values,
                     std::int64_t* ties) {
   const std::size_t rows_at_once = std::max<std::size_t>(1, CHUNK / std::max<std::size_t>(1, width));
   parallel_for((rows + rows_at_once - 1) / rows_at_once, [&](std::size_t block) {
-    std::vector<std::uint32_t> magnitudes(width);
+    std::vector<Magnitude> magnitudes(width);
     alignas(64) float tile[TILE];
     for (std::size_t row = block * rows_at_once; row < std::min(rows, (block + 1) * rows_at_once); ++row) {
       for (std::size_t column = 0; column < width; column += TILE) {
@@ -122,7 +175,7 @@ void row_thresholds(const Source& base, const Source& expert, std::size_t rows, 
         task_vector_tile(base, expert, row * width + column, n, tile);
         for (std::size_t i = 0; i < n; ++i) magnitudes[column + i] = magnitude_of(tile[i]);
       }
-      const BitCut cut = cut_in_place(magnitudes.data(), width, rank);
+      const BitCut cut = find_cut(magnitudes.data(), width, rank);
       values[row] = value_of(cut.value);
       ties[row] = static_cast<std::int64_t>(cut.ties);
     }

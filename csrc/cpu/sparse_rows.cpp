@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <iterator>
 
 #include "freemerge/magnitude.h"
 #include "freemerge/threads.h"
@@ -32,13 +33,13 @@ struct Filter {
   BitCut upper, lower;
 
   bool passes(float value) {
-    const std::uint32_t magnitude = magnitude_of(value);
+    const Magnitude magnitude = magnitude_of(value);
     const bool above = belongs(upper, magnitude);
     return belongs(lower, magnitude) && !above;
   }
 
  private:
-  static bool belongs(BitCut& cut, std::uint32_t magnitude) {
+  static bool belongs(BitCut& cut, Magnitude magnitude) {
     if (magnitude != cut.value) return magnitude > cut.value;
     if (cut.ties == 0) return false;
     --cut.ties;
@@ -50,7 +51,7 @@ struct Filter {
 struct ChunkCount {
   std::size_t greater = 0, equal = 0;
 
-  void add(std::uint32_t magnitude, std::uint32_t value) {
+  void add(Magnitude magnitude, Magnitude value) {
     greater += magnitude > value;
     equal += magnitude == value;
   }
@@ -103,30 +104,34 @@ class Writer {
   const SparseTarget& target_;
 };
 
-// Append the entries of a chunk with a magnitude of at least `floor`; answers how many.
-std::size_t collect(const Matrix& matrix, std::size_t chunk, std::uint32_t floor, std::uint16_t* index, float* values) {
+// Append the entries with a magnitude of at least `floor`; answers how many. Writes one entry more than it keeps.
+std::size_t append(const float* tile, std::size_t n, Magnitude floor, std::size_t position, std::uint16_t* index, float* values) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    index[count] = static_cast<std::uint16_t>(position + i);
+    values[count] = tile[i];
+    count += magnitude_of(tile[i]) >= floor;
+  }
+  return count;
+}
+
+// The entries of a chunk with a magnitude of at least `floor`; answers how many.
+std::size_t collect(const Matrix& matrix, std::size_t chunk, Magnitude floor, std::uint16_t* index, float* values) {
   alignas(64) float tile[TILE];
   std::size_t count = 0;
   const std::size_t begin = chunk * CHUNK, end = matrix.chunk_end(chunk);
   for (std::size_t start = begin; start < end; start += TILE) {
     const std::size_t n = std::min(TILE, end - start);
     task_vector_tile(matrix.base, matrix.expert, start, n, tile);
-    for (std::size_t group = 0; group < n; group += 16) {  // few groups hold any: one test for each
-      const std::size_t group_end = std::min(n, group + 16);
-      std::uint32_t largest = 0;
-      for (std::size_t i = group; i < group_end; ++i) largest = std::max(largest, magnitude_of(tile[i]));
-      if (largest < floor) continue;
-      for (std::size_t i = group; i < group_end; ++i) {
-        index[count] = static_cast<std::uint16_t>(start - begin + i);
-        values[count] = tile[i];
-        count += magnitude_of(tile[i]) >= floor;
-      }
-    }
+    std::size_t i = 0;
+    for (; i + GROUP <= n; i += GROUP)
+      if (any_reaches(tile + i, floor)) count += append(tile + i, GROUP, floor, start - begin + i, index + count, values + count);
+    count += append(tile + i, n - i, floor, start - begin + i, index + count, values + count);
   }
   return count;
 }
 
-// Room for all entries of a chunk, and one that collect() writes before it knows whether to keep it.
+// Room for all entries of a chunk, and one more (append).
 struct Scratch {
   std::vector<std::uint16_t> index = std::vector<std::uint16_t>(CHUNK + 1);
   std::vector<float> values = std::vector<float>(CHUNK + 1);
@@ -153,7 +158,7 @@ std::vector<ChunkPlan> allot(const std::vector<ChunkCount>& upper_counts, const 
 
 // visit(chunk, index, values, n) for every chunk in parallel, with all entries of at least `floor`
 template <class Visit>
-void for_each_chunk(const Matrix& matrix, std::uint32_t floor, const Visit& visit) {
+void for_each_chunk(const Matrix& matrix, Magnitude floor, const Visit& visit) {
   parallel_for(matrix.chunks(), [&](std::size_t chunk) {
     Scratch& mine = scratch();
     const std::size_t n = collect(matrix, chunk, floor, mine.index.data(), mine.values.data());
@@ -185,24 +190,27 @@ void select(const Matrix& matrix, const BitCut& upper, const BitCut& lower, cons
 BitCut bits(const Cut& cut) { return {magnitude_of(cut.value), cut.ties}; }
 
 // A magnitude that somewhat more than `last` entries should reach, judging by a sample of short runs all over the matrix.
-std::uint32_t sampled_floor(const Matrix& matrix, std::size_t last) {
+Magnitude sampled_floor(const Matrix& matrix, std::size_t last) {
   constexpr std::size_t RUN = 16, SPACING = 512, MOST_RUNS = 4096;
   const std::size_t runs = std::min(MOST_RUNS, matrix.size() / SPACING);
-  std::vector<std::uint32_t> sample(runs * RUN);
+  if (runs == 0) return 0;
+  const std::size_t distance = matrix.size() / runs;
+  std::vector<Magnitude> sample(runs * RUN);
   for (std::size_t run = 0; run < runs; ++run) {
     float tile[RUN];
-    // the distance is not a multiple of the width, so runs come from different columns
-    task_vector_tile(matrix.base, matrix.expert, run * (matrix.size() - RUN) / runs, RUN, tile);
+    // Spread by a multiplicative hash: at equal distances they would keep to a few columns.
+    const std::size_t shift = (run * 2654435761u & 0xffffffff) * (distance - RUN) >> 32;
+    task_vector_tile(matrix.base, matrix.expert, run * distance + shift, RUN, tile);
     for (std::size_t i = 0; i < RUN; ++i) sample[run * RUN + i] = magnitude_of(tile[i]);
   }
   const double expected = static_cast<double>(sample.size()) * static_cast<double>(last) / static_cast<double>(matrix.size());
-  const double rank = expected + 5 * std::sqrt(expected) + 8;
+  const double rank = expected + 5 * std::sqrt(expected) + 8;  // where samples are independent, one in millions is worse
   if (rank >= static_cast<double>(sample.size())) return 0;
-  return cut_in_place(sample.data(), sample.size(), static_cast<std::size_t>(rank)).value;
+  return find_cut(sample.data(), sample.size(), static_cast<std::size_t>(rank)).value;
 }
 
 // All entries that reach the floor, or nothing if they are more than `most`.
-std::vector<Candidates> candidates_above(const Matrix& matrix, std::uint32_t floor, std::size_t most, std::size_t& found) {
+std::vector<Candidates> candidates_above(const Matrix& matrix, Magnitude floor, std::size_t most, std::size_t& found) {
   std::vector<Candidates> chunks(matrix.chunks());
   std::atomic<std::size_t> total{0};
   parallel_for(matrix.chunks(), [&](std::size_t chunk) {
@@ -221,15 +229,15 @@ std::vector<Candidates> candidates_above(const Matrix& matrix, std::uint32_t flo
 bool select_by_sample(const Matrix& matrix, std::size_t first, std::size_t last, const AllocateSparse& allocate) {
   const std::size_t most = 2 * last + matrix.size() / 16 + CHUNK;
   std::size_t found;
-  const std::uint32_t floor = matrix.chunks() > 1 ? sampled_floor(matrix, last) : 0;
+  const Magnitude floor = sampled_floor(matrix, last);
   const std::vector<Candidates> chunks = candidates_above(matrix, floor, most, found);
   if (found < last || found > most) return false;
-  std::vector<std::uint32_t> magnitudes;
+  std::vector<Magnitude> magnitudes;
   magnitudes.reserve(found);
   for (const Candidates& chunk : chunks)
-    for (float value : chunk.values) magnitudes.push_back(magnitude_of(value));
-  const BitCut lower = cut_in_place(magnitudes.data(), found, last);
-  const BitCut upper = cut_in_place(magnitudes.data(), found, first);
+    std::transform(chunk.values.begin(), chunk.values.end(), std::back_inserter(magnitudes), magnitude_of);
+  const BitCut lower = find_cut(magnitudes.data(), found, last);
+  const BitCut upper = find_cut(magnitudes.data(), found, first);
   const auto each = [&](const auto& visit) {
     parallel_for(chunks.size(), [&](std::size_t chunk) {
       visit(chunk, chunks[chunk].index.data(), chunks[chunk].values.data(), chunks[chunk].values.size());
@@ -265,14 +273,14 @@ void sparse_rows_each(const Source& base, const Source& expert, std::size_t rows
   const std::size_t rows_at_once = std::max<std::size_t>(1, CHUNK / width);
   parallel_for((rows + rows_at_once - 1) / rows_at_once, [&](std::size_t block) {
     std::vector<float> values(width);
-    std::vector<std::uint32_t> magnitudes(width);
+    std::vector<Magnitude> magnitudes(width);
     for (std::size_t row = block * rows_at_once; row < std::min(rows, (block + 1) * rows_at_once); ++row) {
       for (std::size_t column = 0; column < width; column += TILE)
         task_vector_tile(base, expert, row * width + column, std::min(TILE, width - column), values.data() + column);
       for (std::size_t column = 0; column < width; ++column) magnitudes[column] = magnitude_of(values[column]);
       Filter filter;
-      filter.lower = cut_in_place(magnitudes.data(), width, last);
-      filter.upper = cut_in_place(magnitudes.data(), width, first);
+      filter.lower = find_cut(magnitudes.data(), width, last);
+      filter.upper = find_cut(magnitudes.data(), width, first);
       std::size_t position = row * kept;
       for (std::size_t column = 0; column < width; ++column) {
         if (!filter.passes(values[column])) continue;

@@ -13,7 +13,7 @@ constexpr std::size_t LANES = 16;
 
 struct Sums {
   double sum[LANES] = {}, sum_abs[LANES] = {}, sum_squares[LANES] = {};
-  std::int32_t largest[LANES] = {};  // bits of magnitudes: NaN stays the largest
+  Magnitude largest[LANES] = {};  // bits of magnitudes: NaN stays the largest
 
   void add(const float* values) {
     for (std::size_t lane = 0; lane < LANES; ++lane) {
@@ -21,7 +21,7 @@ struct Sums {
       sum[lane] += value;
       sum_abs[lane] += value < 0 ? -value : value;
       sum_squares[lane] += value * value;
-      std::int32_t bits;
+      Magnitude bits;
       std::memcpy(&bits, values + lane, 4);
       largest[lane] = std::max(largest[lane], bits & 0x7fffffff);
     }
@@ -30,7 +30,7 @@ struct Sums {
 
 struct Statistics {
   double sum, sum_abs, sum_squares;
-  std::int32_t largest;
+  Magnitude largest;
 };
 
 static double total(const double* lanes) {
@@ -56,7 +56,7 @@ void task_vector_statistics(const Source& base, const Source& expert, std::size_
   parallel_for(chunks.size(), [&](std::size_t chunk) {
     chunks[chunk] = measure(base, expert, chunk * CHUNK, std::min(n, (chunk + 1) * CHUNK));
   });
-  std::int32_t largest = 0;
+  Magnitude largest = 0;
   std::fill_n(result, 3, 0.0);
   for (const Statistics& chunk : chunks) {
     result[0] += chunk.sum;

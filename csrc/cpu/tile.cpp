@@ -201,6 +201,12 @@ void task_vector_tile(const Source& base, const Source& expert, std::size_t star
     load_tile(expert.at(start), expert.dtype, n, tile);
     return;
   }
+  if (base.dtype == DType::bf16 && expert.dtype == DType::bf16) {
+    const auto *left = static_cast<const unaligned_u16*>(base.at(start)), *right = static_cast<const unaligned_u16*>(expert.at(start));
+    for (std::size_t i = 0; i < n; ++i)
+      tile[i] = float_of(static_cast<std::uint32_t>(right[i]) << 16) - float_of(static_cast<std::uint32_t>(left[i]) << 16);
+    return;
+  }
   alignas(64) float base_tile[TILE];
   load_tile(base.at(start), base.dtype, n, base_tile);
   task_vector_tile(base, base_tile, expert, start, n, tile);

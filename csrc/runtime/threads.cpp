@@ -1,7 +1,7 @@
 #include "freemerge/threads.h"
 
+#include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +10,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -53,8 +54,12 @@ struct Job {
 
 class Pool {
  public:
-  explicit Pool(int workers) : pid_(getpid()) {
-    for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { serve(); });
+  explicit Pool(int workers) {
+    try {
+      for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {
+      // The system allows no more threads: callers do what these would have done.
+    }
   }
 
   ~Pool() {
@@ -66,9 +71,6 @@ class Pool {
     for (auto& thread : threads_) thread.join();
   }
 
-  // After fork() the workers exist in the parent only.
-  bool of_this_process() const { return pid_ == getpid(); }
-
   void run(std::size_t count, const std::function<void(std::size_t)>& body) {
     auto job = std::make_shared<Job>(count, body);
     {
@@ -77,6 +79,11 @@ class Pool {
     }
     wake_.notify_all();
     job->work();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto mine = std::find(jobs_.begin(), jobs_.end(), job);
+      if (mine != jobs_.end()) jobs_.erase(mine);
+    }
     job->wait();
   }
 
@@ -97,7 +104,6 @@ class Pool {
     }
   }
 
-  pid_t pid_;
   std::vector<std::thread> threads_;
   std::deque<std::shared_ptr<Job>> jobs_;
   std::mutex mutex_;
@@ -115,11 +121,22 @@ int cores() {
 
 std::mutex pool_mutex;
 std::shared_ptr<Pool> pool;
-int wanted = 0;
+std::atomic<int> wanted{0};
+
+// After fork() the workers exist in the parent only, and a lock may be held by a thread that does not exist: hold the one
+// that matters meanwhile, and leave the old pool behind, as its threads cannot be joined.
+void survive_fork() {
+  pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+                 [] {
+                   new std::shared_ptr<Pool>(std::move(pool));
+                   pool_mutex.unlock();
+                 });
+}
 
 std::shared_ptr<Pool> current_pool() {
+  static std::once_flag once;
+  std::call_once(once, survive_fork);
   std::lock_guard<std::mutex> lock(pool_mutex);
-  if (pool && !pool->of_this_process()) new std::shared_ptr<Pool>(std::move(pool));  // leaked: its threads cannot be joined here
   if (!pool) pool = std::make_shared<Pool>(threads() - 1);
   return pool;
 }
@@ -127,13 +144,15 @@ std::shared_ptr<Pool> current_pool() {
 }  // namespace
 
 void set_threads(int count) {
+  std::shared_ptr<Pool> old;  // ends, once nobody uses it, after the lock
   std::lock_guard<std::mutex> lock(pool_mutex);
-  if (count == wanted) return;
-  wanted = count;
-  pool.reset();
+  if (wanted.exchange(count) != count) old = std::move(pool);
 }
 
-int threads() { return wanted > 0 ? wanted : cores(); }
+int threads() {
+  const int count = wanted.load();
+  return count > 0 ? count : cores();
+}
 
 void parallel_for(std::size_t count, const std::function<void(std::size_t)>& body) {
   if (count == 0) return;
