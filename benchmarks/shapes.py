@@ -1,0 +1,9 @@
+"""Shapes of tensors of real models, by the model and the tensor's role."""
+
+SHAPES = {
+    "clip-vit-b-32 mlp": (3072, 768),
+    "llama-1b attention": (2048, 2048),
+    "llama-1b mlp": (2048, 5632),
+    "llama-8b mlp": (4096, 14336),
+}
+SMALL = "llama-1b attention"  # where references and peers are timed too
