@@ -1,0 +1,40 @@
+# Each target does the set-up it needs: `make test` on a fresh clone is all there is to know.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := $(wildcard setup.py csrc/*/*.cpp csrc/*/*/*.h bindings/*)
+
+.PHONY: build test demo bench check clean
+
+build: $(VENV)/built
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=2.12" ruff
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+test: build
+	$(BIN)/python -P -m pytest
+
+demo: build
+	$(BIN)/python examples/digits.py
+
+bench: build
+	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/ops.json
+
+check: build
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -P -m pytest
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) demo bench-data
+	rm -f kernels/_cpu*.so
