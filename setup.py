@@ -1,7 +1,8 @@
-"""Build: folder names to import names, and the C++ module freemerge.kernels._cpu. Everything else is in pyproject.toml."""
+"""Build: folder names to import names, and the C++ module freemerge.kernels._cpu. The rest is in pyproject.toml."""
 
 import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
@@ -9,8 +10,9 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.modified import newer_group
 
-# Each file of csrc/cpu is compiled once for each of these, into the C++ namespace of that name (csrc/include/freemerge/isa.h).
-# `portable` comes first: where two objects hold the same inline function, the linker keeps the first, which runs anywhere.
+# Each file of csrc/cpu is compiled once for each of these, into the C++ namespace of that name
+# (csrc/include/freemerge/isa.h). `portable` comes first: where two objects hold the same inline function, the linker
+# keeps the first, which runs anywhere.
 X86_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -18,7 +20,8 @@ X86_FLAGS = {
 }
 FLAGS = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
 
-# No silent fused multiply-add: the same recipe gives the same bytes with every instruction set. Code that wants one says so.
+# No silent fused multiply-add: the same recipe gives the same bytes with every instruction set. Code that wants one
+# says so.
 COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 
 
@@ -26,6 +29,11 @@ HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("bindings/*.h"))
 
 
 class BuildEachInstructionSet(build_ext):
+    def finalize_options(self):
+        super().finalize_options()
+        # `pip install -e .` would compile in a directory of its own, and the next build everything once more.
+        self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def build_extension(self, extension):
         kernels = sorted(glob("csrc/cpu/*.cpp"))
         jobs = [(isa, flags, source) for isa, flags in FLAGS.items() for source in kernels]
