@@ -13,7 +13,7 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=2.12" ruff
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation --no-compile -e ".[test]"
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
