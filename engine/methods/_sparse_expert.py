@@ -90,7 +90,7 @@ class SparseExpert:
         if self.rescale == "weighted" and backbone.covers(name):
             residuals = task_vector_statistics(reference, arrays).sum_abs
             for t, residual in zip(present, residuals, strict=True):
-                result[t] = {"selected": _sum_abs(rows[t]), "residual": float(residual)}
+                result[t] = self._statistics(_sum_abs(rows[t]), float(residual), base.size)
         elif self.rescale == "official":
             # every floating tensor of the checkpoint counts, merged or not, once whatever its size
             magnitudes = backbone.magnitudes(base, arrays, backbone.filters(name, base.shape))
@@ -101,18 +101,28 @@ class SparseExpert:
                 held = rows[t]
                 if held is None and not backbone.covers(name) and self.selection != "model":
                     held = self.extract(reference, experts[t], None)
-                result[t] = {"selected": _sum_abs(held) / max(base.size, 1), "filtered": magnitude}
+                result[t] = self._statistics(_sum_abs(held) / max(base.size, 1), magnitude, 1)
         return result
+
+    def _statistics(self, selected: float, whole: float, elements: int) -> dict[str, float]:
+        return {"selected": selected, "whole": whole, "elements": elements, "kept": self.density * elements}
 
     def scale(self, statistics: Sequence[Mapping[str, float]]) -> float:
         """mu of one expert; METHODS 1.4 (official) and 1.6 (weighted). 1 for an expert with nothing in it."""
-        if not isinstance(self.rescale, str):
-            return float(self.rescale)
-        selected = math.fsum(one["selected"] for one in statistics if one)
-        whole = math.fsum(one["filtered" if self.rescale == "official" else "residual"] for one in statistics if one)
-        if not (self.density and whole):
+        measured = [one for one in statistics if one]
+        if not measured:
+            return 1.0 if isinstance(self.rescale, str) else float(self.rescale)
+        sums = {key: math.fsum(one[key] for one in measured) for key in measured[0]}
+        if not (sums["kept"] and sums["whole"]):
             return 1.0
-        return -math.log10(self.density) * (selected / self.density) / whole
+        density = sums["kept"] / sums["elements"]  # a recipe may give tensors different ones
+        return -math.log10(density) * (sums["selected"] / density) / sums["whole"]
+
+    def tensor_scale(self, mu: float, filtered: bool, backbone: Backbone) -> float:
+        own = mu if isinstance(self.rescale, str) else float(self.rescale)
+        if backbone.coefficient == "vit8":
+            return self.expert_scaling * backbone.scaling * (own if filtered else 1.0)
+        return self.expert_scaling * own
 
 
 def _threshold(references: Sequence[Array], experts: Sequence[Array], rank: int) -> tuple[float, list[int], list[int]]:

@@ -155,13 +155,9 @@ def expert_scale(statistics: Sequence[dict], **parameters) -> float:
     return SparseExpert.of(parameters).scale(statistics)
 
 
-def tensor_scale(
-    mu: float, name: str, shape: tuple[int, ...], *, expert_scaling: float, coefficient: str, scaling: float, **rest
-) -> float:
-    if coefficient == "once":
-        return expert_scaling * mu
-    filtered = Backbone.of({**rest, "coefficient": coefficient, "scaling": scaling}).filters(name, shape)
-    return expert_scaling * scaling * (mu if filtered else 1.0)
+def tensor_scale(mu: float, name: str, shape: tuple[int, ...], **parameters) -> float:
+    backbone = Backbone.of(parameters)
+    return SparseExpert.of(parameters).tensor_scale(mu, backbone.filters(name, shape), backbone)
 
 
 def expert_mode(*, combine: str, relative_to: str, **_) -> str:

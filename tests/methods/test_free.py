@@ -170,6 +170,26 @@ def test_official_mu_weighs_every_tensor_alike(models):
         assert expert.metadata["mu"] == pytest.approx((kept / 0.1) / spread, rel=1e-5)
 
 
+def test_densities_and_numbers_may_differ_between_tensors(models):
+    base, experts = models
+    given = {
+        "density": [{"filter": "mlp.weight", "value": 0.25}, {"filter": "*", "value": 0.1}],
+        "rescale": [{"filter": "embed", "value": 3.0}, {"filter": "*", "value": "weighted"}],
+    }
+    merged = merge_state_dicts("free", base, experts, **given)
+    densities = {"layers.0.mlp.weight": 0.25, "layers.0.mlp.bias": 0.1, "logit_scale": 0.1}
+    for t, expert in enumerate(merged.experts):
+        vectors = {name: experts[t][name] - merged[name] for name in densities}
+        kept = {name: largest(v.ravel(), int(v.size * densities[name])) for name, v in vectors.items()}
+        density = sum(densities[name] * v.size for name, v in vectors.items()) / sum(v.size for v in vectors.values())
+        selected, whole = (sum(np.abs(v, dtype=np.float64).sum() for v in d.values()) for d in (kept, vectors))
+        # sums in double, in different orders
+        assert expert.scale("layers.0.mlp.bias") == pytest.approx(
+            -math.log10(density) * selected / density / whole, rel=1e-9
+        )
+        assert expert.scale("embed.weight") == 3.0
+
+
 @pytest.mark.parametrize("relative_to", ["base", "merged"])
 @pytest.mark.parametrize("given", [{"density": 0.0}, {"density": 0.1, "removal": 0.02}, {"density": 1.0}], ids=str)
 def test_counts_of_model_selection_are_those_of_the_entries(given, relative_to):
