@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from freemerge.testing import tiny_llama, tiny_llama_config, write_checkpoint
+
 LOOK = """
 import sys
 from freemerge.cli import main
@@ -52,3 +54,12 @@ def test_python_m_freemerge():
         [sys.executable, "-P", "-m", "freemerge", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("freemerge 0.")
+
+
+def test_a_merge_of_local_models_imports_neither_torch_nor_the_hub(tmp_path):
+    for seed, name in enumerate(["base", "math"]):
+        write_checkpoint(tmp_path / name, tiny_llama(seed), config=tiny_llama_config())
+    flags = ["-m", "task_arithmetic", "-b", "base", "-e", "math", "-o", "out"]
+    imported = imported_by("merge", *flags, cwd=tmp_path)
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert not {"torch", "transformers", "huggingface_hub", "matplotlib", "rich", "scipy"} & imported
