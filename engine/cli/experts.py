@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import typer
 
+from freemerge.cli.arguments import PARAMETER, parse_parameters
 from freemerge.cli.output import print_json, print_table
 
 app = typer.Typer(
@@ -49,16 +50,21 @@ def apply_command(
 
 @app.command("extract")
 def extract_command(
-    base: str = typer.Argument(..., help="The model the expert is to be plugged into: a merged or a base model."),
-    model: str = typer.Argument(..., help="The fine-tuned model."),
-    out: str = typer.Argument(..., metavar="OUT", help="The expert file to write (.safetensors)."),
-    density: float = typer.Option(0.01, min=0.0, max=1.0, help="Share of the entries to keep."),
+    merged: str = typer.Argument(..., help="A folder written by freemerge merge, by any method."),
+    model: str = typer.Argument(..., help="The fine-tuned model: folder, file or hub name."),
+    name: str = typer.Option(None, help="What to call the expert [default: the last part of the model's path]."),
+    parameter: list[str] = PARAMETER,
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an expert of this name."),
+    allow_pickle: bool = typer.Option(
+        False, "--allow-pickle", help="Read .bin and .pt files too (torch, weights only)."
+    ),
+    no_fsync: bool = typer.Option(False, "--no-fsync", help="Do not wait for the disk."),
 ) -> None:
-    """Write the sparse expert that turns one model into another, as far as its density allows.
+    """Put one more expert beside a merged model: the sparse part of a fine-tuned model, cut out as free does.
 
-    Example: freemerge experts extract merged runs/law merged/experts/law.safetensors
+    Example: freemerge experts extract merged runs/law -p density=0.02
     """
-    from freemerge.api import extract_expert
+    from freemerge.experts.from_model import extract_expert
 
-    extract_expert(base, model, out, density=density)
-    typer.echo(f"{out}: {model} relative to {base}, density {density:g}")
+    options = {"name": name, "overwrite": overwrite, "allow_pickle": allow_pickle, "fsync": not no_fsync}
+    typer.echo(extract_expert(merged, model, **options, **parse_parameters(parameter)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from freemerge.cli.arguments import PARAMETER, parse_parameters
 from freemerge.cli.output import note, print_json, print_table, progress_bar
 from freemerge.errors import InputError
 from freemerge.sizes import parse_size, readable_size
@@ -28,13 +29,7 @@ def command(
     expert: list[str] = typer.Option(
         [], "--expert", "-e", metavar="[NAME=]MODEL", help="A fine-tuned model; repeat it."
     ),
-    parameter: list[str] = typer.Option(
-        [],
-        "--parameter",
-        "-p",
-        metavar="KEY=VALUE",
-        help="A parameter of the method, KEY.EXPERT=VALUE for one expert's.",
-    ),
+    parameter: list[str] = PARAMETER,
     out: str = typer.Option(None, "--out", "-o", help="The folder to write."),
     dtype: str = typer.Option(None, help="Dtype of the result [default: the recipe's, else the base's]."),
     device: str = typer.Option("auto", help="auto or cpu."),
@@ -65,11 +60,7 @@ def command(
     if method is not None and recipe is not None and target is None:
         recipe, target = None, recipe
     _check_usage(recipe, method, base, expert, target, out, dry_run)
-    parameters = _parameters(parameter)
-    if recipe is None:
-        request = {"method_or_recipe": method, "base": base, "experts": _experts(expert), "dtype": dtype, **parameters}
-    else:
-        request = {"method_or_recipe": _recipe(recipe, parameters, dtype)}
+    asked = _recipe(recipe, method, base, expert, parse_parameters(parameter), dtype)
     out = out or target
     from freemerge.api import merge
 
@@ -86,10 +77,10 @@ def command(
         "fsync": not no_fsync,
     }
     if dry_run:
-        _print_plan(merge(**request, **options, dry_run=True), as_json)
+        _print_plan(merge(asked, **options, dry_run=True), as_json)
         return
     with _interruptible(out), progress_bar("merging", quiet=quiet) as progress:
-        result = merge(**request, **options, progress=progress)
+        result = merge(asked, **options, progress=progress)
     _print_result(result, as_json, quiet)
 
 
@@ -107,13 +98,15 @@ def _check_usage(recipe, method, base, experts, target, out, dry_run) -> None:
         raise InputError("\n".join([*problems, "`freemerge merge --help` shows both forms."]))
 
 
-def _recipe(path: str, parameters: dict[str, Any], dtype: str | None) -> Path | str:
-    """The recipe's file, or, with something to change, its changed text."""
-    if not parameters and dtype is None:
+def _recipe(path, method, base, experts, parameters: dict[str, Any], dtype) -> Path | str:
+    """The recipe's file where nothing about it is changed, else a recipe's text."""
+    if path is not None and not parameters and dtype is None:
         return Path(path)
-    from freemerge.recipe import load_recipe
+    from freemerge.recipe import Recipe, load_recipe
 
-    return load_recipe(Path(path)).overridden(parameters, dtype).to_yaml()
+    if path is not None:
+        return load_recipe(Path(path)).overridden(parameters, dtype).to_yaml()
+    return Recipe.from_flags(method, base, _experts(experts), parameters, dtype=dtype).to_yaml()
 
 
 def _experts(values: list[str]) -> list[str] | dict[str, str]:
@@ -132,23 +125,6 @@ def _experts(values: list[str]) -> list[str] | dict[str, str]:
 def _named_model(value: str) -> tuple[str | None, str]:
     match = _NAMED.fullmatch(value)
     return (match[1], match[2]) if match and not os.path.exists(value) else (None, value)
-
-
-def _parameters(values: list[str]) -> dict[str, Any]:
-    """KEY=VALUE with VALUE as in a recipe; KEY.EXPERT=VALUE are collected into {EXPERT: VALUE}."""
-    from freemerge.recipe import parse_value
-
-    parameters: dict[str, Any] = {}
-    for text in values:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"-p {text}: write it as name=value")
-        name, _, owner = key.strip().partition(".")
-        place = parameters.setdefault(name, {}) if owner else parameters
-        if not isinstance(place, dict) or (owner or name) in place:
-            raise InputError(f"-p {text}: {key.strip()} is given twice")
-        place[owner or name] = parse_value(value)
-    return parameters
 
 
 @contextmanager

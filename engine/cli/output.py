@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,13 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, default=str))
 
 
-def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Aligned columns, numbers to the right; plain text, so that it is the same in a pipe."""
+def print_table(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Aligned columns, numbers to the right, empty ones left out; plain text, so that it is the same in a pipe."""
     rows = list(rows)
-    columns = list(columns or (rows[0] if rows else []))
+    columns = [c for c in (rows[0] if rows else []) if any(row.get(c) is not None for row in rows)]
     cells = [columns, *([_text(row.get(column)) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [all(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
+    numeric = [all(isinstance(row.get(column), (int, float, type(None))) for row in rows) for column in columns]
     for line in cells:
         padded = (f"{c:>{w}}" if right else f"{c:<{w}}" for c, w, right in zip(line, widths, numeric, strict=True))
         typer.echo("  ".join(padded).rstrip())

@@ -49,8 +49,8 @@ def calls(monkeypatch):
     """What api.merge was called with."""
     seen = []
 
-    def merge(method_or_recipe, base=None, experts=(), out=None, **options):
-        seen.append({"asked": method_or_recipe, "base": base, "experts": experts, "out": out, **options})
+    def merge(recipe, *, out, **options):
+        seen.append({"asked": recipe, "out": out, **options})
         return FakePlan() if options.get("dry_run") else FakeResult(out)
 
     replace_merge(monkeypatch, merge)
@@ -59,6 +59,10 @@ def calls(monkeypatch):
 
 def replace_merge(monkeypatch, merge):
     monkeypatch.setitem(sys.modules, "freemerge.api", types.SimpleNamespace(merge=merge))
+
+
+def models_of(calls):
+    return {expert.name: expert.model for expert in load_recipe(calls[0]["asked"]).experts}
 
 
 def run(*arguments):
@@ -82,41 +86,32 @@ class TestMerge:
 
     @pytest.mark.parametrize("out", [["OUT"], ["-o", "OUT"]])
     def test_flags(self, calls, out):
-        answer = run(
-            "merge", "-m", "fr", "-b", "B", "-e", "E1", "-e", "E2", "-p", "scaling=0.3", "-p", "align=true", *out
-        )
-        assert answer.exit_code == 0
-        (call,) = calls
-        assert (call["asked"], call["base"], call["experts"], call["out"]) == ("fr", "B", ["E1", "E2"], "OUT")
-        assert (call["scaling"], call["align"]) == (0.3, True)
+        models = ["-m", "task_arithmetic", "-b", "B", "-e", "E1", "-e", "E2"]
+        answer = run("merge", *models, "-p", "scaling=0.3", "-p", "normalize=true", "--dtype", "bfloat16", *out)
+        assert (answer.exit_code, calls[0]["out"]) == (0, "OUT")
+        recipe = load_recipe(calls[0]["asked"])
+        assert (recipe.method, recipe.base, str(recipe.dtype)) == ("task_arithmetic", "B", "bfloat16")
+        assert models_of(calls) == {"E1": "E1", "E2": "E2"}
+        assert recipe.parameters == {"scaling": 0.3, "normalize": True}
 
     def test_named_experts_and_their_parameters(self, calls):
-        run(
-            "merge",
-            "-m",
-            "linear",
-            "-e",
-            "math=runs/1",
-            "-e",
-            "code=runs/2",
-            "-p",
-            "weight.math=1e-1",
-            "-p",
-            "weight.code=2",
-            "O",
-        )
-        assert calls[0]["experts"] == {"math": "runs/1", "code": "runs/2"}
-        assert calls[0]["weight"] == {"math": 0.1, "code": 2}
+        experts = ["-e", "math=runs/1", "-e", "code=runs/2"]
+        run("merge", "-m", "linear", *experts, "-p", "weight.math=1e-1", "-p", "weight.code=2", "O")
+        assert models_of(calls) == {"math": "runs/1", "code": "runs/2"}
+        assert [expert.parameters for expert in load_recipe(calls[0]["asked"]).experts] == [
+            {"weight": 0.1},
+            {"weight": 2},
+        ]
 
     def test_names_are_found_for_the_others(self, calls):
         run("merge", "-m", "linear", "-e", "runs/math", "-e", "math=runs/2", "-e", "other/math/", "O")
-        assert calls[0]["experts"] == {"math-2": "runs/math", "math": "runs/2", "math-3": "other/math/"}
+        assert models_of(calls) == {"math-2": "runs/math", "math": "runs/2", "math-3": "other/math/"}
 
     def test_a_path_with_an_equals_sign_is_no_name(self, calls, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         Path("lr=3").mkdir()
         run("merge", "-m", "linear", "-e", "lr=3", "-e", "runs/lr=4", "O")
-        assert calls[0]["experts"] == ["lr=3", "runs/lr=4"]
+        assert models_of(calls) == {"lr-3": "lr=3", "lr-4": "runs/lr=4"}
 
     def test_options_reach_the_merge(self, calls, recipe):
         flags = ["--resume", "--overwrite", "--allow-pickle", "--allow-nonfinite", "--no-fsync", "--quiet"]
@@ -166,14 +161,16 @@ class TestMerge:
         [
             ([], "give a recipe or --method"),
             (["r.yml"], "OUT is missing"),
-            (["r.yml", "O", "-m", "fr"], "one of them"),
+            (["r.yml", "O", "-m", "linear"], "one of them"),
             (["r.yml", "O", "-b", "B"], "--base and --expert go with --method"),
             (["r.yml", "O", "-o", "P"], "OUT is given twice"),
-            (["-m", "fr", "O", "-p", "scaling"], "write it as name=value"),
-            (["-m", "fr", "O", "-p", "a=1", "-p", "a=2"], "a is given twice"),
-            (["-m", "fr", "O", "-p", "a=1", "-p", "a.b=2"], "a.b is given twice"),
-            (["-m", "fr", "O", "-p", "a=["], "is not a value"),
-            (["-m", "fr", "O", "-e", "a=1", "-e", "a=2"], "same name"),
+            (["-m", "linear", "O", "-p", "scaling"], "write it as name=value"),
+            (["-m", "linear", "O", "-p", "a=1", "-p", "a=2"], "a is given twice"),
+            (["-m", "linear", "O", "-p", "a=1", "-p", "a.b=2"], "a.b is given twice"),
+            (["-m", "linear", "O", "-p", "a=["], "is not a value"),
+            (["-m", "linear", "O", "-e", "a=1", "-e", "a=2"], "same name"),
+            (["-m", "liner", "O", "-e", "a"], "did you mean linear?"),
+            (["-m", "linear", "O", "-e", "a", "--dtype", "float17"], "did you mean float16?"),
             (["r.yml", "O", "--threads", "x"], "--threads"),
             (["r.yml", "O", "--nonsense"], "--nonsense"),
             (["r.yml", "O", "--max-memory", "much"], "--max-memory much: not a size"),
