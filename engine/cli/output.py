@@ -35,9 +35,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return (
-            " x ".join(map(str, value)) if all(isinstance(item, int) for item in value) else ", ".join(map(str, value))
-        )
+        return (" x " if all(isinstance(item, int) for item in value) else ", ").join(map(_text, value))
     return str(value)
 
 

@@ -93,3 +93,24 @@ def test_bad_input_is_told_and_writes_nothing(zoo, arguments, messages):
     assert answer.exit_code == 2
     assert all(message in answer.stderr for message in messages)
     assert sorted(zoo.rglob("*")) == before
+
+
+def test_experts_are_listed_applied_and_extracted(zoo):
+    flags = ["-m", "free", "-b", "base", "-e", "math", "-e", "code", "-p", "density=0.05"]
+    assert run("merge", *flags, "-o", "out").exit_code == 0
+    assert [expert["name"] for expert in json.loads(run("experts", "list", "out", "--json").stdout)] == ["code", "math"]
+    assert run("experts", "apply", "out", "math", "plain").exit_code == 0
+    merged, plain = load_file("out/model.safetensors"), load_file("plain/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert np.count_nonzero(merged[name] != plain[name]) == int(0.05 * merged[name].size)
+    assert run("experts", "extract", "out", "math", "--name", "again", "-p", "density=0.05").exit_code == 0
+    assert run("experts", "apply", "out", "again", "plain2").exit_code == 0
+    assert (zoo / "plain/model.safetensors").read_bytes() == (zoo / "plain2/model.safetensors").read_bytes()
+    assert run("verify", "out").exit_code == 0
+
+
+def test_an_expert_that_is_not_there_is_told_with_those_that_are(zoo):
+    run("merge", "-m", "free", "-b", "base", "-e", "math", "-e", "code", "-o", "out")
+    answer = run("experts", "apply", "out", "maths", "plain")
+    assert (answer.exit_code, (zoo / "plain").exists()) == (2, False)
+    assert "code, math" in answer.stderr
