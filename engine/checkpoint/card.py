@@ -18,6 +18,7 @@ from freemerge.checkpoint.reader import Checkpoint
 from freemerge.checkpoint.writer import write_file
 
 CARD = "README.md"
+SEE_INPUTS = "see-inputs"  # the name of the license of a merge whose inputs do not share one
 # What transformers calls the dtypes of weights.
 TORCH_NAMES = {
     "F64": "float64",
@@ -86,21 +87,20 @@ def write_card(
     """
     import yaml
 
-    licenses = sorted({item.license or "unknown" for item in inputs})
+    licenses = {item.license for item in inputs}
+    shared = len(licenses) == 1 and not licenses & {None, SEE_INPUTS}
     front: dict[str, object] = {
         "base_model": list(dict.fromkeys(item.name.partition("@")[0] for item in inputs)),
         "library_name": "transformers",
         "tags": ["merge", "freemerge"],
-        "license": licenses[0] if len(licenses) == 1 and licenses[0] != "unknown" else "other",
+        **({"license": licenses.pop()} if shared else {"license": "other", "license_name": SEE_INPUTS}),
     }
-    if front["license"] == "other":
-        front["license_name"] = "see-inputs"
     from_recipe = " from the recipe, saved as recipe.yml" if "recipe.yml" in command else ""
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {method} merge of {', '.join(item.name for item in inputs)}\n",
         f"Made by freemerge {__version__} with the method `{method}`.\n",
-        _license_section(inputs) if front["license"] == "other" else "",
+        "" if shared else _license_section(inputs),
         _expert_section(experts) if experts else "",
         f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n",
         f"This command makes it again{from_recipe}:\n\n    {shlex.join(command)}\n",

@@ -127,8 +127,20 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _encoded(manifest: dict) -> bytes:
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+def _encoded(manifest: Mapping[str, object]) -> bytes:
+    """JSON with one line for each tensor, file and expert: short, and two manifests can be compared by diff."""
+    sections = []
+    for key, value in manifest.items():
+        text = json.dumps(value, indent=1, ensure_ascii=False).replace("\n", "\n ")
+        if key in ("tensors", "files", "experts") and value:
+            rows = (f"  {_json(name)}: {_json(facts)}" for name, facts in value.items())
+            text = "{\n" + ",\n".join(rows) + "\n }"
+        sections.append(f" {_json(key)}: {text}")
+    return ("{\n" + ",\n".join(sections) + "\n}\n").encode()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _input_facts(item: MergeInput) -> dict:

@@ -4,7 +4,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from freemerge.checkpoint import mapping
 from freemerge.checkpoint.checksum import checksum, checksum_file
@@ -96,7 +99,14 @@ def _tensor_checks(folder: Path, manifest: Mapping, report: Report) -> Iterator[
                 report.problems.append(f"{name}: {now} in {shard}, written as {then}")
             else:
                 view = mapped[info.offset : info.offset + info.nbytes]
-                yield _Check(name, info.nbytes, facts["checksum"], lambda view=view: checksum(view))
+                yield _Check(name, info.nbytes, facts["checksum"], partial(_checksum_of_mapped, view))
+
+
+def _checksum_of_mapped(view: np.ndarray) -> str:
+    mapping.prefetch(view)
+    found = checksum(view)
+    mapping.release(view)  # a model larger than memory must not push everything else out of it
+    return found
 
 
 def _shards(manifest: Mapping) -> dict[str, dict[str, Mapping]]:
@@ -115,7 +125,7 @@ def _file_checks(folder: Path, manifest: Mapping, report: Report) -> Iterator[_C
         elif path.stat().st_size != facts["bytes"]:
             report.problems.append(f"{name}: {path.stat().st_size} bytes, written as {facts['bytes']}")
         else:
-            yield _Check(name, facts["bytes"], facts["checksum"], lambda path=path: checksum_file(path))
+            yield _Check(name, facts["bytes"], facts["checksum"], partial(checksum_file, path))
 
 
 def _extra_files(folder: Path, manifest: Mapping) -> list[str]:

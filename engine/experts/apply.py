@@ -130,6 +130,7 @@ def _write_tensors(
 
 
 def _write_tensor(backbone: Checkpoint, expert: Expert, writer: CheckpointWriter, name: str) -> str:
+    backbone.prefetch(name)
     array = backbone.read(name)
     pieces = PieceChecksum(array.nbytes)
     flat = array.reshape(-1)
@@ -142,6 +143,7 @@ def _write_tensor(backbone: Checkpoint, expert: Expert, writer: CheckpointWriter
     for first, tile in tiles:
         writer.write(name, first, tile)
         pieces.update(first * flat.dtype.itemsize, tile)
+    backbone.release(name)
     return pieces.hexdigest()
 
 

@@ -5,10 +5,10 @@ For each tensor it changes, compressed sparse rows (kernels.array.SparseRows):
     offsets/<tensor>   I64 [rows + 1]
     columns/<tensor>   U16 [n], or U32 where rows are longer than 65536
     values/<tensor>    F32 [n], not yet scaled
-    start/<tensor>     [n] in the base's dtype, mode "replace" only: what values are added to, not the backbone
+    start/<tensor>     [n] in the base's dtype, mode "replace" only: what the values are added to
 
-Metadata are strings: format, version, expert, method, mode ("add" or "replace"), backbone (what
-manifest.backbone_fingerprint says of it), whatever else the method notes (mu, density, ...), and tensors, a JSON object:
+Metadata are strings: format, version, expert, method, mode ("add" or "replace"), backbone (what backbone_fingerprint of
+checkpoint.manifest says), whatever else the method notes (mu, density, ...), and tensors, a JSON object:
 {<tensor>: {"shape": [...], "scale": number}}.
 """
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, backbone_fingerprint
@@ -47,11 +48,12 @@ def test_front_matter_of_inputs_with_one_license(tmp_path):
         "tags": ["merge", "freemerge"],
         "license": "apache-2.0",
     }
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == ["org/a", "b"]
     assert "```yaml\nmerge_method: fr\n```" in text
     assert "freemerge merge recipe.yml OUT" in text
 
 
-@pytest.mark.parametrize("licenses", [["mit", "llama3"], ["mit", None], [None, None]])
+@pytest.mark.parametrize("licenses", [["mit", "llama3"], ["mit", None], [None, None], ["see-inputs", "see-inputs"]])
 def test_licenses_that_differ_are_listed(tmp_path, licenses):
     front, text = card(tmp_path, [make_input(name, license) for name, license in zip("ab", licenses, strict=True)])
     assert front["license"] == "other"

@@ -70,6 +70,12 @@ def test_manifests_of_equal_results_elsewhere_are_equal(result, tmp_path):
     ).read_bytes()
 
 
+def test_a_manifest_has_one_line_for_each_tensor_file_and_expert(result):
+    lines = (result / "freemerge.json").read_text().splitlines()
+    for name in ("a", "empty", "config.json", "math"):
+        assert sum(line.startswith(f'  "{name}": {{') and line.rstrip(",").endswith("}") for line in lines) == 1
+
+
 def flip(path, position):
     data = bytearray(path.read_bytes())
     data[position] ^= 1
