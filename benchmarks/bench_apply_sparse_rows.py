@@ -21,7 +21,7 @@ def test_one_percent_replaced_in_place(throughput, version_of, weights):
     start = base[rows.to_dense() != 0]
     merged, expected = base.copy(), np.empty_like(base)
     run = version_of("apply_sparse_rows")
-    # replacing is idempotent, so it may be timed again and again; a cache line of 64 bytes is read and written for each entry
+    # Replacing is idempotent, so it may be timed again and again. Each entry reads and writes a cache line of 64 bytes.
     throughput(lambda: run(merged, *entries, 1.0, start, merged), moved=rows.count * (128 + 6 + 2))
     apply_sparse_rows_reference(base, *entries, 1.0, start, expected)
     np.testing.assert_array_equal(merged, expected)

@@ -17,9 +17,8 @@ def pytest_generate_tests(metafunc):
     """Every op on every shape; its reference on a small one, to compare with."""
     if {"version", "shape"} <= set(metafunc.fixturenames):
         cases = [("cpu", name) for name in SHAPES] + [("reference", SMALL)]
-        metafunc.parametrize(
-            ("version", "shape"), [pytest.param(version, SHAPES[name], id=f"{version} {name}") for version, name in cases]
-        )
+        parameters = [pytest.param(version, SHAPES[name], id=f"{version} {name}") for version, name in cases]
+        metafunc.parametrize(("version", "shape"), parameters)
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +44,11 @@ def throughput(benchmark, copy_bandwidth):
         result = benchmark.pedantic(run, rounds=7, warmup_rounds=1)
         if benchmark.stats is not None:
             rate = moved / benchmark.stats.stats.median
-            benchmark.extra_info.update(
-                GB_per_s=round(rate / 1e9, 2), copy_GB_per_s=round(copy_bandwidth / 1e9, 2), share_of_copy=round(rate / copy_bandwidth, 2)
-            )
-            print(f"\n{benchmark.name}: {rate / 1e9:.1f} GB/s, {rate / copy_bandwidth:.0%} of a copy's {copy_bandwidth / 1e9:.1f}")
+            share = rate / copy_bandwidth
+            benchmark.extra_info["GB_per_s"] = round(rate / 1e9, 2)
+            benchmark.extra_info["copy_GB_per_s"] = round(copy_bandwidth / 1e9, 2)
+            benchmark.extra_info["share_of_copy"] = round(share, 2)
+            print(f"\n{benchmark.name}: {rate / 1e9:.1f} GB/s, {share:.0%} of a copy's {copy_bandwidth / 1e9:.1f}")
         return result
 
     return measure
@@ -59,8 +59,8 @@ def checkpoint(shape, experts: int = 3):
     """A bfloat16 weight and its fine-tuned versions, which mostly differ by a few units in the last place."""
     random = np.random.default_rng(0)
     base = (random.standard_normal(shape, np.float32) * 0.02).astype(BFLOAT16)
-    tuned = [(base.astype(np.float32) + random.standard_normal(shape, np.float32) * 1e-3).astype(BFLOAT16) for _ in range(experts)]
-    return base, tuned
+    noise = (random.standard_normal(shape, np.float32) * 1e-3 for _ in range(experts))
+    return base, [(base.astype(np.float32) + change).astype(BFLOAT16) for change in noise]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""The C++ versions of the ops, under the names of the ops and with the signatures of their references.
+"""The C++ versions of the ops, under the names of the ops mostly with the signatures of their references.
 
-Arguments are positional, checked by the ops' front doors; what is checked again here is what could harm memory.
+Arguments are positional, checked by the ops' front doors. `bounds` and `workspace` are those of kernels/_high_pass_plan.py.
 """
 
 from collections.abc import Sequence
@@ -27,4 +27,20 @@ def sparse_rows(
     base: Array | None, expert: Array, first: int, last: int | None, scope: str, within: Selection | None
 ) -> tuple[Array, Array, Array]: ...
 def task_vector_statistics(base: Array | None, experts: Sequence[Array]) -> Array: ...
+def high_pass(
+    base: Array | None,
+    experts: Sequence[Array],
+    weights: Sequence[float],
+    form: str,
+    axis: int,
+    stored: bool,
+    bounds: object,
+    add_base: bool,
+    workspace: object,
+    out: Array,
+) -> None: ...
+def high_pass_magnitudes(
+    base: Array | None, experts: Sequence[Array], form: str, axis: int, stored: bool, bounds: object, workspace: object
+) -> Array: ...
+def release_scratch() -> None: ...
 def weighted_sum(arrays: Sequence[Array], weights: Sequence[float], out: Array) -> None: ...

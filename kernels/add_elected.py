@@ -18,7 +18,7 @@ def add_elected(
         Z = sum of the Y_t with sgn(Y_t) = g;  normalize: Z / sum of the weights[t] of these (of 0: Z)
         out = round( base + scaling * Z )
 
-    A sum of zero elects +; an entry of zero has no sign and never counts; a NaN is never elected, but makes the sum elect -.
+    A sum of zero elects +; an entry of zero has no sign and never counts; a NaN never counts, but lets - be elected.
     Everything is float32 in the order of `task_vectors`; one rounding. A float64 base is added in float64.
 
     Args:
@@ -30,7 +30,7 @@ def add_elected(
         out: like `base`, any float dtype; may be `base` itself.
 
     Raises:
-        ShapeError: an array differs in shape, is not contiguous or not of a float dtype, or weights are too few or too many.
+        ShapeError: an array differs in shape, is not contiguous or not of a float dtype, or the weights are not T.
 
     Source: mergekit's sign consensus (sum); METHODS.md sections 1.6 (llm) and 15 (ties).
     """

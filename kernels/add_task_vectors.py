@@ -24,7 +24,7 @@ def add_task_vectors(base: Array, experts: Sequence[Array], weights: Sequence[fl
         out: like `base`, any float dtype; may be `base` itself.
 
     Raises:
-        ShapeError: an array differs in shape, is not contiguous or not of a float dtype, or weights are too few or too many.
+        ShapeError: an array differs in shape, is not contiguous or not of a float dtype, or the weights are not T.
 
     Source: Task Arithmetic, arXiv:2212.04089; METHODS.md section 3.
     """

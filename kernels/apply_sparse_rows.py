@@ -11,10 +11,12 @@ from freemerge.kernels.dispatch import implementation
 def apply_sparse_rows(array: Array, rows: SparseRows, scale: float, *, start: Array | None = None, out: Array) -> None:
     """Write `array` with the entries of `rows` added to it, or put in the place of what it holds there.
 
-        out[i] = round( s[i] + scale * value[i] )    at the entries with value != 0;    out[i] = round( array[i] ) elsewhere
+        out[i] = round( s[i] + scale * value[i] )    at the entries with value != 0
+        out[i] = round( array[i] )                   elsewhere
         s[i] = array[i], or start's number for this entry (the base's weight: the entry then replaces the array's)
 
-    Product and sum are float32, one rounding to the dtype of `out`; a float64 `array` or `start` is added to in float64.
+    Product and sum are float32, one rounding to the dtype of `out`. A float64 `array` or `start` is added
+    to in float64.
 
     Args:
         array: of shape `rows.shape`, any float dtype, contiguous.
@@ -41,9 +43,10 @@ def _check_rows(rows: SparseRows, shape: tuple[int, ...]) -> None:
     if tuple(rows.shape) != shape:
         raise ShapeError(f"sparse rows of {list(rows.shape)} for an array of {list(shape)}")
     height, width = rows_of(shape)
-    dtypes = (rows.offsets.dtype, rows.values.dtype)
-    if dtypes != (np.int64, np.float32) or rows.columns.dtype not in (np.uint16, np.uint32):
-        raise ShapeError(f"sparse rows hold {dtypes} and columns of {rows.columns.dtype}, not int64, float32 and uint16 or uint32")
+    found = (rows.offsets.dtype, rows.values.dtype, rows.columns.dtype)
+    if found[:2] != (np.int64, np.float32) or found[2] not in (np.uint16, np.uint32):
+        names = "{} offsets, {} values and {} columns".format(*found)
+        raise ShapeError(f"sparse rows have {names}, not int64, float32 and uint16 or uint32")
     ends = (int(rows.offsets[0]), int(rows.offsets[-1])) if len(rows.offsets) == height + 1 else None
     if ends != (0, rows.count) or len(rows.columns) != rows.count or np.any(np.diff(rows.offsets) < 0):
         raise ShapeError(f"offsets of sparse rows do not lead through their {rows.count} entries in {height} rows")

@@ -20,7 +20,7 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def task_vector(base: Array | None, expert: Array) -> Array:
-    """Expert minus base as float32; formed in float64 first where either is float64. Without a base: the expert itself."""
+    """Expert minus base as float32; formed in float64 first where either is float64. Without base: the expert."""
     if base is None:
         with np.errstate(over="ignore"):
             return expert.astype(np.float32)
@@ -35,7 +35,7 @@ def magnitude(base: Array | None, expert: Array) -> Array:
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many rows an array of this shape has, and how long they are: slices along the last dimension. 0-d is 1 x 1."""
+    """How many rows an array of this shape has, and how long they are (slices along the last dimension; 0-d: 1 x 1)."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
@@ -81,7 +81,7 @@ def store(values: Array, out: Array) -> None:
 
 
 def _to_odd(values: Array) -> Array:
-    # float64 to float32 by "round to odd", so that the rounding to a narrower type that follows is as good as the only one
+    # float64 to float32 by "round to odd": the rounding to a narrower type that follows is then as good as the only one
     with np.errstate(over="ignore"):
         nearest = values.astype(np.float32)
     bits = nearest.view(np.int32)

@@ -16,11 +16,12 @@ def check_float(name: str, array: Array) -> None:
 
 
 def check_like(name: str, array: Array, **others: Array | Sequence[Array]) -> None:
-    """`array` is a contiguous float array and each of `others` (arrays, or sequences of arrays) is one of the same shape."""
+    """`array` is a contiguous float array, and each of `others` (arrays, sequences of arrays) one of its shape."""
     check_float(name, array)
     for other_name, value in others.items():
-        group = [(other_name, value)] if isinstance(value, np.ndarray) else [(f"{other_name}[{i}]", v) for i, v in enumerate(value)]
-        for label, other in group:
+        alone = isinstance(value, np.ndarray)
+        for i, other in enumerate([value] if alone else value):
+            label = other_name if alone else f"{other_name}[{i}]"
             check_float(label, other)
             if other.shape != array.shape:
                 raise ShapeError(f"{label} is {list(other.shape)}, {name} is {list(array.shape)}")

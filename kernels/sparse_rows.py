@@ -16,7 +16,8 @@ class Selection:
     """Entries between two thresholds found elsewhere (magnitude_threshold over many tensors).
 
     Selected are the entries above `lower` and the first `lower_ties` of those equal to it, without the entries above
-    `upper` and the first `upper_ties` of those equal to it. Ties are counts within this tensor (count_magnitudes.allot_ties).
+    `upper` and the first `upper_ties` of those equal to it. Ties are counted within this tensor: see
+    count_magnitudes.allot_ties.
     """
 
     lower: float
@@ -73,7 +74,8 @@ def sparse_rows_reference(
     rows, width = rows_of(expert.shape)
     magnitudes = magnitude(base, expert).reshape(rows, width)
     if within is not None:
-        chosen = _upto(magnitudes, within.lower, within.lower_ties) & ~_upto(magnitudes, within.upper, within.upper_ties)
+        left_out = _upto(magnitudes, within.upper, within.upper_ties)
+        chosen = _upto(magnitudes, within.lower, within.lower_ties) & ~left_out
     elif scope == "row":
         chosen = _ranked(magnitudes, first, last)
     else:

@@ -27,7 +27,7 @@ def task_vector_statistics(base: Array | None, experts: Sequence[Array]) -> Task
 
         sum_i tau_t[i],  sum_i |tau_t[i]|,  sum_i tau_t[i]^2,  max_i |tau_t[i]|        tau_t = experts[t] - base
 
-    Differences are float32, sums float64 in a fixed order: the same bits for any number of threads and on any processor.
+    Differences are float32, sums float64 in a fixed order: the same bits for any number of threads, on any processor.
     A NaN in a task vector makes its statistics NaN. All are 0 for an empty array.
 
     Args:

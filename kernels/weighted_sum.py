@@ -22,7 +22,7 @@ def weighted_sum(arrays: Sequence[Array], weights: Sequence[float], *, out: Arra
         out: of the same shape, any float dtype; may be one of `arrays`.
 
     Raises:
-        ShapeError: an array differs in shape, is not contiguous or not of a float dtype, or weights are too few or too many.
+        ShapeError: an array differs in shape, is not contiguous or not of a float dtype, or the weights are not T.
 
     Source: model soups, arXiv:2203.05482; METHODS.md section 3.
     """

@@ -65,7 +65,8 @@ def test_replace_then_add_back_nothing():
 def test_signed_zeros_survive_the_copy():
     array = np.array([-0.0, 1.0], np.float32)
     out = poisoned(2, BFLOAT16)
-    apply_sparse_rows(array, SparseRows(np.zeros(2, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.float32), (2,)), 1.0, out=out)
+    nothing = SparseRows(np.zeros(2, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.float32), (2,))
+    apply_sparse_rows(array, nothing, 1.0, out=out)
     assert np.signbit(out.astype(np.float32)).tolist() == [True, False]
 
 
@@ -80,9 +81,9 @@ ROWS = SparseRows(np.array([0, 1, 2]), np.array([0, 2], np.uint16), np.array([1,
         ({"offsets": np.array([0, 2])}, "offsets"),
         ({"offsets": np.array([0, 1, 3])}, "offsets"),
         ({"columns": np.array([0, 3], np.uint16)}, "column 3 in rows 3 long"),
-        ({"columns": np.array([0, 3])}, "columns of int64"),
+        ({"columns": np.array([0, 3])}, "int64 columns"),
         ({"columns": np.array([0], np.uint16)}, "offsets"),
-        ({"values": np.array([1.0, 2.0])}, "float64"),
+        ({"values": np.array([1.0, 2.0])}, "float64 values"),
     ],
 )
 def test_rejects_rows_that_are_not_what_they_claim(changed, message):

@@ -28,5 +28,5 @@ def test_ties_are_allotted_in_order():
 
 
 def test_rejects_a_negative_value():
-    with pytest.raises(ShapeError, match="-1.0 is not a magnitude"):
+    with pytest.raises(ShapeError, match=r"-1\.0 is not a magnitude"):
         count_magnitudes(None, np.zeros(3), -1.0)

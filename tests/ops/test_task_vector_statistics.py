@@ -30,7 +30,7 @@ def test_against_sums_in_extended_precision():
     base, expert = random_array(300_000, np.float32, seed=0), random_array(300_000, np.float32, seed=1)
     task_vector = (expert - base).astype(np.longdouble)
     result = task_vector_statistics(base, [expert])
-    # 3e5 roundings at most, of 1.1e-16 of the partial sum each; the plain sum cancels, so it is held to the sum of magnitudes
+    # 3e5 roundings at most, of 1.1e-16 of a partial sum each; the plain sum cancels: it is held to the sum of |.|
     np.testing.assert_allclose(result.sum[0], task_vector.sum(), rtol=0, atol=1e-13 * np.abs(task_vector).sum())
     np.testing.assert_allclose(result.sum_abs[0], np.abs(task_vector).sum(), rtol=1e-13)
     np.testing.assert_allclose(result.sum_squares[0], (task_vector**2).sum(), rtol=1e-13)

@@ -65,5 +65,6 @@ sys.exit(os.waitpid(child, 0)[1] or after != before)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_starts_its_own_threads():
     # In a process of its own: fork() of a process with many threads (pytest's) is warned about.
-    ended = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", FORK], timeout=60, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-W", "ignore", "-c", FORK]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
