@@ -17,13 +17,14 @@ from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter, write_file
-from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, listed
+from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError
 from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels import dispatch
 from freemerge.plan import Plan, make_plan
 from freemerge.recipe import Recipe, load_recipe
+from freemerge.settings import insist_on
 from freemerge.sinks import DiskSink, MemorySink
 from freemerge.sizes import parse_size
 from freemerge.stream import Stream
@@ -85,8 +86,8 @@ def merge(
         freemerge.merge("recipe.yml", out="merged")
 
     Args:
-        method_or_recipe: name of a method (`freemerge methods` lists them), or a recipe: a file or YAML text, and then
-            neither `base`, `experts` nor `parameters` are given.
+        method_or_recipe: name of a method (`freemerge methods` lists them), or a recipe, a file or YAML text, which names its
+            models itself; `parameters` and `dtype` then go before its own.
         base, experts: directories, files or hub names; experts also as a mapping of names to them.
         out: the directory to write. It appears complete or not at all.
         dtype: of the result's floating tensors; that of the base, tensor by tensor, if not given.
@@ -114,6 +115,7 @@ def merge(
     check_device(device)
     recipe = _recipe(method_or_recipe, base, experts, dtype, parameters)
     method = methods.get(recipe.method)
+    _check_recipe(recipe, method, None if out is None else Path(out))
     with ExitStack() as stack:
         base_checkpoint, expert_checkpoints = _open_all(recipe, allow_pickle, stack)
         plan = make_plan(recipe, method, base_checkpoint, expert_checkpoints, shard_size=parse_size(shard_size))
@@ -140,7 +142,11 @@ def _run(plan: Plan, out: Path, *, run: dict[str, Any], resume: bool, overwrite:
         try:
             with CheckpointWriter(work.staging, plan.shards, fsync=fsync) as writer:
                 sink = DiskSink(work, writer)
-                Stream(plan, sink, extraction=_extraction_to_disk(plan, sink, fsync), **run).run()
+                extraction = _extraction_to_disk(plan, sink, work.staging / "experts", fsync)
+                sink.resume(extraction.holds if extraction else lambda name, record: True)
+                if extraction:
+                    extraction.resume(sink.done)
+                Stream(plan, sink, extraction=extraction, **run).run()
                 for checkpoint in (plan.base, *plan.experts):
                     checkpoint.check_unchanged()
                 writer.finish()
@@ -168,11 +174,9 @@ def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path) -> 
     )
 
 
-def _extraction_to_disk(plan: Plan, sink: DiskSink, fsync: bool) -> Extraction | None:
+def _extraction_to_disk(plan: Plan, sink: DiskSink, folder: Path, fsync: bool) -> Extraction | None:
     if not plan.method.writes_experts:
         return None
-    folder = sink.experts_folder
-    folder.mkdir(exist_ok=True)
 
     def open_sidecar(name: str, entries):
         return SidecarWriter(folder / f"{name}.safetensors", entries, fsync=fsync)
@@ -232,12 +236,19 @@ def check_device(device: str) -> None:
 
 
 def _recipe(method_or_recipe, base, experts, dtype, parameters) -> Recipe:
-    if os.fspath(method_or_recipe) in methods.names():
-        return Recipe.from_flags(os.fspath(method_or_recipe), base, experts, parameters, dtype=dtype)
-    if base is None and not experts and not parameters and dtype is None:
-        return load_recipe(method_or_recipe)
-    methods.get(os.fspath(method_or_recipe))  # raises, naming the nearest
-    raise AssertionError
+    said = os.fspath(method_or_recipe)
+    if said in methods.names() or base is not None or experts:
+        return Recipe.from_flags(said, base, experts, parameters, dtype=dtype)
+    recipe = load_recipe(method_or_recipe)
+    return recipe.overridden(parameters, dtype) if parameters or dtype else recipe
+
+
+def _check_recipe(recipe: Recipe, method: methods.Method, out: Path | None) -> None:
+    """What can be said before any checkpoint is opened."""
+    insist_on(recipe, method)
+    inputs = [recipe.base, *(expert.model for expert in recipe.experts)]
+    if out is not None and out.exists() and any(model and Path(model).exists() and out.samefile(model) for model in inputs):
+        raise RecipeError(f"{out} is one of the inputs; choose another output directory")
 
 
 def _open_all(recipe: Recipe, allow_pickle: bool, stack: ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
@@ -252,6 +263,4 @@ def _open_all(recipe: Recipe, allow_pickle: bool, stack: ExitStack) -> tuple[Che
             problems.append(str(error))
     if problems:
         raise CheckpointError("\n".join(problems))
-    if not wanted:
-        raise RecipeError(listed(["the recipe names no model"], "List them under `models`."))
     return opened[wanted[0]], [opened[expert.model] for expert in recipe.experts]

@@ -15,7 +15,7 @@ from freemerge.kernels.array import Array, is_float
 from freemerge.match import Match, Matcher, never_fits
 from freemerge.methods import Method, TensorPlan
 from freemerge.recipe import Recipe
-from freemerge.settings import check_recipe, layer_positions, settings
+from freemerge.settings import insist_on, layer_positions, settings
 
 REMEDY = "Merge models of one architecture, or mend the recipe; `freemerge inspect` lists what each model holds."
 
@@ -142,14 +142,13 @@ def make_plan(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_
         shard_size: bytes a shard of the result may have.
 
     Raises:
-        PlanError: with every problem found.
+        RecipeError: recipe and method do not agree.
+        PlanError: checkpoints do not fit together; with every problem found.
     """
-    problems = check_recipe(recipe, method)
-    if not problems:
-        matcher = Matcher(base, experts, fit=_fit(recipe, method))
-        problems = matcher.problems
-    if problems:
-        raise PlanError(listed(problems, REMEDY))
+    insist_on(recipe, method)
+    matcher = Matcher(base, experts, fit=_fit(recipe, method))
+    if matcher.problems:
+        raise PlanError(listed(matcher.problems, REMEDY))
     positions = layer_positions(list(base.tensors))
     tasks = [_task(recipe, method, base, match, positions.get(match.name)) for match in matcher.matches]
     shards = plan_shards([Entry(task.name, task.dtype, task.shape) for task in tasks], shard_size)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from freemerge.errors import RecipeError
+from freemerge.errors import RecipeError, listed
 from freemerge.recipe import Recipe
 from freemerge.schema import nearest
 
@@ -86,6 +86,13 @@ def check_recipe(recipe: Recipe, method) -> list[str]:
     for expert in recipe.experts:
         problems += _check_all(f"models, {expert.name}", expert.parameters, method, shared=False)
     return problems or _check_shares(recipe, method)
+
+
+def insist_on(recipe: Recipe, method) -> None:
+    """Raise RecipeError with every problem that `check_recipe` finds."""
+    problems = check_recipe(recipe, method)
+    if problems:
+        raise RecipeError(listed(problems, f"`freemerge methods {method.name}` explains its parameters."))
 
 
 def _check_shares(recipe: Recipe, method) -> list[str]:

@@ -7,7 +7,7 @@ A sink has `done` (records of an interrupted run, by tensor) and `records` (thos
     write(name, first_element, array);  read(name);  tie(name, other) -> array;  finish(name, record)
 """
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,14 +24,17 @@ class DiskSink:
     def __init__(self, work: WorkDir, writer: CheckpointWriter):
         self._work, self._writer = work, writer
         self.map, self.write, self.read = writer.map, writer.write, writer.read
-        # After a power cut the journal may know of bytes that never reached the disk.
-        work.verify_done(lambda name, record: checksum(writer.read(name)) == record["checksum"])
-        self.done = dict(work.done)
-        self.records = dict(work.done)
+        self.done: dict[str, dict] = {}
+        self.records: dict[str, dict] = {}
 
-    @property
-    def experts_folder(self) -> Path:
-        return self._work.staging / "experts"
+    def resume(self, holds: Callable[[str, dict], bool]) -> None:
+        """Take over what an interrupted run has finished, if it is there.
+
+        After a power cut the journal may know of bytes that never reached the disk, so all of it is read again.
+        """
+        self._work.verify_done(lambda name, record: checksum(self.read(name)) == record["checksum"] and holds(name, record))
+        self.done = dict(self._work.done)
+        self.records = dict(self._work.done)
 
     def direct(self, name: str) -> None:
         return None

@@ -17,11 +17,11 @@ LAYERS = [
     ["kernels.array", "kernels.checks", "kernels.dispatch", "kernels"],
     [f"kernels.{op}" for op in OPS],
     ["methods", "checkpoint"],
-    ["experts.sidecar", "experts.apply"],
+    ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["schema", "recipe", "settings"],
     ["match", "plan"],
     ["experts.extract", "sinks", "buffers"],
-    ["stream"],
+    ["stream", "experts.from_model"],
     ["api"],
     ["inspect", "info", "testing", "cli", "__main__"],
 ]

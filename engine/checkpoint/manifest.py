@@ -109,6 +109,8 @@ def add_expert(folder: Path, name: str, *, fsync: bool = True) -> None:
     if fsync:
         fsync_path(beside)
     beside.replace(folder / MANIFEST)
+    if fsync:
+        fsync_path(folder)
 
 
 def read_manifest(folder: Path) -> dict:

@@ -30,7 +30,7 @@ class Extraction:
         self._tasks = [task for task in plan.tasks if task.settings is not None and not task.match.same_as]
         self._covered = [task for task in self._tasks if self._count(task)]
         self._settings = self._tasks[0].settings if self._tasks else {}
-        self._statistics = {name: record["statistics"] for name, record in sink.done.items() if "statistics" in record}
+        self._statistics: dict[str, list[dict]] = {}
         self._over_model = self._hooks.expert_scope(**self._settings) == "model"
         self._mode = self._hooks.expert_mode(**self._settings)
         if not self._over_model:
@@ -42,7 +42,16 @@ class Extraction:
         if self._over_model:
             return {}
         within = [None] * len(experts)
-        return {"statistics": self._cut(task, base, merged, experts, within)}
+        return {"experts": self._cut(task, base, merged, experts, within), "statistics": self._statistics[task.name]}
+
+    def holds(self, name: str, record: dict[str, Any]) -> bool:
+        """Whether the rows an interrupted run noted for a tensor are still in the experts' files."""
+        written = zip(self._sidecars, record.get("experts", []), strict=False) if not self._over_model else ()
+        return all(checksum is None or sidecar.checksum(name) == checksum for sidecar, checksum in written)
+
+    def resume(self, records: dict[str, dict]) -> None:
+        """Take over the statistics of the tensors an interrupted run has finished."""
+        self._statistics |= {name: record["statistics"] for name, record in records.items() if "statistics" in record}
 
     def finish(self) -> None:
         """Write what had to wait for the whole model, and the scales."""
@@ -70,18 +79,18 @@ class Extraction:
         ]
         return self._open(self.plan.recipe.experts[t].name, entries)
 
-    def _cut(self, task: TensorTask, base, merged, experts, within: Sequence[Selection | None]) -> list[dict]:
-        """Write the rows of every expert; keep and answer the statistics their scales will come from."""
+    def _cut(self, task: TensorTask, base, merged, experts, within: Sequence[Selection | None]) -> list[str | None]:
+        """Write the rows of every expert and keep the statistics their scales will come from; answer the rows' checksums."""
         rows: list[SparseRows | None] = [None] * len(experts)
+        checksums: list[str | None] = [None] * len(experts)
         for t, expert in enumerate(experts):
             if expert is None or not self._count(task):
                 continue
             rows[t] = self._hooks.extract_expert(base, merged, expert, name=task.name, within=within[t], **task.settings)
             start = _entries_of(base, rows[t]) if self._mode == "replace" else None
-            self._sidecars[t].write(task.name, rows[t], start)
-        statistics = self._hooks.measure_tensor(base, merged, experts, rows, name=task.name, **task.settings)
-        self._statistics[task.name] = statistics
-        return statistics
+            checksums[t] = self._sidecars[t].write(task.name, rows[t], start)
+        self._statistics[task.name] = self._hooks.measure_tensor(base, merged, experts, rows, name=task.name, **task.settings)
+        return checksums
 
     def _select_over_model(self) -> None:
         """A second pass: thresholds over all covered tensors of an expert, then their entries."""

@@ -20,7 +20,6 @@ class _Backbone:
     """A finished result in the place of a sink."""
 
     def __init__(self, checkpoint: Checkpoint, checksums: dict[str, str]):
-        self.done: dict[str, dict] = {}
         self.records = {name: {"checksum": checksum} for name, checksum in checksums.items()}
         self.read = checkpoint.read
 
