@@ -23,7 +23,7 @@ LAYERS = [
     ["experts.extract", "sinks", "buffers"],
     ["stream", "experts.from_model"],
     ["api"],
-    ["inspect", "info", "testing", "cli", "__main__"],
+    ["spectrum", "inspect", "info", "testing", "cli", "__main__"],
 ]
 
 

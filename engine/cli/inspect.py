@@ -31,4 +31,5 @@ def command(
     if as_json:
         print_json(rows)
     else:
-        print_table(rows)
+        # without a base, nothing is known of task vectors
+        print_table(rows, [column for column in rows[0] if any(row[column] is not None for row in rows)])
