@@ -14,6 +14,12 @@ def describe() -> dict[str, str]:
     return {"cpu": cpu_model(), "cores": str(cores), "memory_gib": f"{memory('MemTotal') / 2**30:.0f}"}
 
 
+def others() -> str:
+    """A remark if other programs want the cores too: then only figures of one run can be compared."""
+    load = os.getloadavg()[0]
+    return f"shared machine, load {load:.0f}" if load > len(os.sched_getaffinity(0)) + 1 else ""
+
+
 def cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     fields = dict(line.split("\t", 1) for line in lines if "\t" in line)

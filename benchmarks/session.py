@@ -92,7 +92,7 @@ class Session:
             times_floor=f"{seconds / floor:.2f}" if floor else "",
             peak_mib=f"{self.peaks()[what] / 2**20:.0f}" if runs else "",
             repeats=str(len(runs) or self.options.repeats),
-            notes="; ".join(filter(None, [notes, busy])),
+            notes="; ".join(filter(None, [notes, busy, machine.others()])),
         )
         results.append(self.options.results / "compare.csv", row)
         self.rows.append(row)
