@@ -109,7 +109,7 @@ def _draw_image(axis, power: Array, mask: Array) -> None:
     axis.imshow(decibels, cmap="magma", vmin=-12, vmax=18, aspect="auto", interpolation="nearest")
     if removed.any() and not removed.all():
         shade = np.zeros((*removed.shape, 4), np.float32)
-        shade[removed] = (*REMOVED, 0.25)
+        shade[removed] = (*REMOVED, 0.18)
         axis.imshow(shade, aspect="auto", interpolation="nearest")
         axis.contour(removed, levels=[0.5], colors=[REMOVED], linewidths=1.2)
     axis.set(xticks=[], yticks=[])
@@ -132,7 +132,7 @@ def _draw_curves(axis, powers: Sequence[Array], labels: Sequence[str], cutoff: f
         axis.plot(cutoffs, energy_by_cutoff(power, radius_from, cutoffs), label=label, linewidth=1.6)
     flat = energy_by_cutoff(np.ones(shape, np.float32), radius_from, cutoffs)
     axis.plot(cutoffs, flat, "--", color="0.45", label="coefficients", linewidth=1.1)
-    axis.axvspan(min(cutoff, farthest), farthest, color=REMOVED, alpha=0.22, linewidth=0)
+    axis.axvspan(min(cutoff, farthest), farthest, color=REMOVED, alpha=0.22, linewidth=0, label="removed")
     axis.set(xlim=(0, farthest), ylim=(0, 1.01), xlabel="cutoff", ylabel="share kept")
     axis.legend(fontsize=8, frameon=False, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)

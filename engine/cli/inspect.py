@@ -32,4 +32,5 @@ def command(
         print_json(rows)
     else:
         # without a base, nothing is known of task vectors
-        print_table(rows, [column for column in rows[0] if any(row[column] is not None for row in rows)])
+        known = [column for column in rows[0] if any(row[column] is not None for row in rows)]
+        print_table([{column: row[column] for column in known} for row in rows])
