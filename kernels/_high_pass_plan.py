@@ -18,7 +18,7 @@ RadiusFrom = Literal["min", "max", "diagonal"]
 InnerRing = Literal["official", "clean"]
 
 LANES = 16  # as in csrc/include/freemerge/fft.h
-MOST_STORED = 512 << 20  # bytes of kept columns worth their memory; beyond, lines are transformed twice
+MOST_WORKSPACE = 512 << 20  # bytes: speed is worth that much memory, and no more if there is a way around it
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan_high_pass(
         RecipeError: `cutoff` is negative or not a number, or a name is unknown.
     """
     mask = (tuple(int(size) for size in shape), float(cutoff), radius_from, inner_ring)
-    return min(possible_plans(*mask), key=lambda plan: plan.nanoseconds)
+    return min(possible_plans(*mask), key=lambda plan: (max(plan.workspace, MOST_WORKSPACE), plan.nanoseconds))
 
 
 def possible_plans(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing) -> list[HighPassPlan]:
@@ -175,10 +175,13 @@ def _column_kinds(bounds: np.ndarray, lines: int) -> tuple[int, int, int]:
 
 # ---- what it costs: nanoseconds, one thread, fitted with benchmarks/bench_high_pass.py ----
 
-READ, WRITE = 0.75, 0.55  # an element of three two-byte experts and base; one of base and output
-PRODUCT = 0.045  # an element and a column of the complement
-STORE = 0.8  # a coefficient kept between the sweeps, out and back
-RADIX = {2: 0.11, 3: 0.13, 4: 0.15, 5: 0.20, 7: 0.25, 8: 0.20, 11: 0.36, 13: 0.42}  # a butterfly's share of one real element
+STREAM = 0.75, 0.6  # an element, read (base and three experts) and written (base and output), row after row
+COLUMNS = 1.7, 1.4  # the same in groups of lines that are columns
+ROWS = 1.1, 0.8  # and that are rows
+PRODUCT = 0.035  # an element and a column of the complement
+STORE = 1.2  # a real number of the kept columns, out and back
+ACROSS = 1.5  # a real number of the columns transformed across the lines, besides its transforms
+RADIX = {3: 0.09, 5: 0.14, 7: 0.18, 8: 0.13, 11: 0.25, 13: 0.30}  # a butterfly's share of one real number
 
 
 def _transform(n: int) -> float:
@@ -189,7 +192,7 @@ def _transform(n: int) -> float:
     cost += twos / 3 * RADIX[8]
     for radix in range(3, 62, 2):
         while n % radix == 0:
-            n, cost = n // radix, cost + RADIX.get(radix, 0.035 * radix)
+            n, cost = n // radix, cost + RADIX.get(radix, 0.025 * radix)
     if n > 1:
         cost += 2 * _padded(n) / n * (_transform(_padded(n)) + 0.1)
     return cost
@@ -210,7 +213,7 @@ def _point_bytes(length: int) -> int:  # a transform of LANES complex lines, wit
 def _across(columns: int, lines: int) -> tuple[int, float]:
     """(bytes, nanoseconds) of the columns that are transformed across the lines."""
     padded = -(-columns // LANES) * LANES
-    return 8 * padded * lines, padded * lines * 2 * (2 * _transform(lines) + 0.5)
+    return 8 * padded * lines, padded * lines * 2 * (2 * _transform(lines) + ACROSS)
 
 
 def _complement_plan(length: int, lines: int, columns: int, removed: int, doubled: int) -> HighPassPlan:
@@ -218,6 +221,7 @@ def _complement_plan(length: int, lines: int, columns: int, removed: int, double
     workspace, across = _across(columns, lines)
     products = size * columns * 2 * PRODUCT
     passes = 2 if columns else 1
+    read, write = STREAM
     return HighPassPlan(
         "complement" if columns else "keep",
         1,
@@ -226,8 +230,8 @@ def _complement_plan(length: int, lines: int, columns: int, removed: int, double
         columns,
         False,
         workspace,
-        4 * 24 * 2 * length + 8 * LANES * lines,
-        size * (passes * READ + WRITE) + products + across,
+        max(_point_bytes(lines), 4 * 3 * 24 * length),
+        size * (passes * read + write) + products + across,
         size,
     )
 
@@ -236,10 +240,12 @@ def _sweeps_plans(axis: int, length: int, lines: int, kept: int, mixed: int, rem
     size = length * lines
     workspace, across = _across(mixed, lines)
     store = 8 * LANES * kept * -(-lines // (2 * LANES))
-    per_thread = max(_point_bytes(length), _point_bytes(lines))
-    twice = size * (2 * READ + WRITE + 3 * _transform(length)) + across
-    once = size * (READ + WRITE + 2 * _transform(length)) + across + lines * kept * STORE
-    plans = [HighPassPlan("sweeps", axis, removed, doubled, mixed, False, workspace, per_thread, twice, size)]
-    if store <= MOST_STORED:
-        plans.append(HighPassPlan("sweeps", axis, removed, doubled, mixed, True, workspace + store, per_thread, once, size))
-    return plans
+    at_once = 1 if axis == 1 else 4 if length <= 16384 else 2  # groups of lines, as in csrc/cpu/high_pass_lines.cpp
+    per_thread = max(at_once * _point_bytes(length), _point_bytes(lines))
+    read, write = ROWS if axis == 1 else COLUMNS
+    twice = size * (2 * read + write + 3 * _transform(length)) + across
+    once = size * (read + write + 2 * _transform(length)) + across + lines * kept * STORE
+    return [
+        HighPassPlan("sweeps", axis, removed, doubled, mixed, False, workspace, per_thread, twice, size),
+        HighPassPlan("sweeps", axis, removed, doubled, mixed, True, workspace + store, per_thread, once, size),
+    ]

@@ -26,7 +26,7 @@ static void pass(float* x, std::size_t blocks, std::size_t m, const float* twidd
     for (std::size_t j = 0; j < m; ++j, w += 2 * (radix - 1)) {
       for (std::size_t lane = 0; lane < LANES; lane += WIDTH) {
         float* point = x + j * POINT + lane;
-        Complex y[MOST];
+        Complex y[MOST] = {};
 #pragma GCC unroll 13
         for (int k = 0; k < radix; ++k) {
           y[k] = {load(point + k * m * POINT + RE), load(point + k * m * POINT + IM)};

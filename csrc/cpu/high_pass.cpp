@@ -30,6 +30,11 @@ class Writer : public Output {
     return 0;
   }
 
+  void prefetch(std::size_t start, std::size_t n) const override {
+    if (base_) prefetch_run<false>(base_->at(start), base_->at(start + n));
+    prefetch_run<true>(out_.at(start), out_.at(start + n));
+  }
+
  private:
   const Source* base_;
   const Target& out_;
@@ -47,6 +52,8 @@ class Magnitude : public Output {
     for (const float part : sums) sum += part;
     return sum * scale;
   }
+
+  void prefetch(std::size_t, std::size_t) const override {}
 };
 
 static double run(const HighPass& plan, const TaskVectorSum& sum, float* workspace, const Output& output) {

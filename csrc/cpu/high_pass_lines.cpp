@@ -64,22 +64,17 @@ Input::Input(const TaskVectorSum& sum)
             : all_of(sum, DType::f32) ? &load_alike<F32>
                                       : &load_any) {}
 
-static void prefetch_run(const Source& source, std::size_t start, std::size_t n) {
-  const char* first = static_cast<const char*>(source.at(start));
-  const char* last = static_cast<const char*>(source.at(start + n)) - 1;
-  for (; first < last; first += 64) __builtin_prefetch(first);
-  __builtin_prefetch(last);
-}
-
 void Input::prefetch(std::size_t start, std::size_t n) const {
-  if (sum_.base) prefetch_run(*sum_.base, start, n);
-  for (int t = 0; t < sum_.T; ++t) prefetch_run(sum_.experts[t], start, n);
+  if (sum_.base) prefetch_run<false>(sum_.base->at(start), sum_.base->at(start + n));
+  for (int t = 0; t < sum_.T; ++t) prefetch_run<false>(sum_.experts[t].at(start), sum_.experts[t].at(start + n));
 }
 
 // ---- groups of lines ----
 
 constexpr std::size_t STRIP = 64;    // elements of a row handled at once where lines are rows
-constexpr std::size_t AHEAD = 12;    // rows prefetched where lines are columns: each lies in another page, where the hardware does not look
+constexpr std::size_t AHEAD = 4;     // rows prefetched where lines are columns: each lies in another page, where the hardware does not look
+
+std::size_t Lines::at_once(const HighPass& plan) { return plan.axis == 1 ? 1 : plan.rows <= 16384 ? 4 : 2; }
 
 std::size_t Lines::count(std::size_t group) const { return std::min(GROUP, plan_.lines() - group * GROUP); }
 
@@ -90,17 +85,47 @@ static void transpose(const float* source, std::size_t source_stride, std::size_
       transpose_8x8(source + i * source_stride + j, source_stride, target + j * target_stride + i, target_stride);
 }
 
-void Lines::load(std::size_t group, float* buffer) const {
-  const std::size_t length = plan_.length(), first = group * GROUP, lines = count(group);
-  if (plan_.axis == 0) {
-    for (std::size_t i = 0; i < length; ++i) {
-      if (i + AHEAD < length) input_.prefetch((i + AHEAD) * plan_.columns + first, lines);
-      float* point = buffer + i * GROUP;
-      input_.load(i * plan_.columns + first, lines, point);
+void Lines::load(std::size_t group, std::size_t groups, float* buffer) const {
+  if (plan_.axis == 0)
+    load_columns(group, groups, buffer);
+  else
+    for (std::size_t k = 0; k < groups; ++k) load_rows(group + k, buffer + k * plan_.length() * GROUP);
+}
+
+double Lines::finish(std::size_t group, std::size_t groups, float* buffer, float scale) const {
+  if (plan_.axis == 0) return finish_columns(group, groups, buffer, scale);
+  double magnitude = 0;
+  for (std::size_t k = 0; k < groups; ++k) magnitude += finish_rows(group + k, buffer + k * plan_.length() * GROUP, scale);
+  return magnitude;
+}
+
+void Lines::load_columns(std::size_t group, std::size_t groups, float* buffer) const {
+  const std::size_t length = plan_.length(), width = plan_.columns, first = group * GROUP, last = std::min(width, first + groups * GROUP);
+  for (std::size_t i = 0; i < length; ++i) {
+    if (i + AHEAD < length) input_.prefetch((i + AHEAD) * width + first, last - first);
+    for (std::size_t k = 0; k < groups; ++k) {
+      const std::size_t lines = count(group + k);
+      float* point = buffer + (k * length + i) * GROUP;
+      input_.load(i * width + first + k * GROUP, lines, point);
       std::fill(point + lines, point + GROUP, 0.0f);
     }
-    return;
   }
+}
+
+double Lines::finish_columns(std::size_t group, std::size_t groups, float* buffer, float scale) const {
+  const std::size_t length = plan_.length();
+  double magnitude = 0;
+  const std::size_t width = std::min(plan_.columns - group * GROUP, groups * GROUP);
+  for (std::size_t i = 0; i < length; ++i) {
+    if (i + AHEAD < length) output_.prefetch((i + AHEAD) * plan_.columns + group * GROUP, width);
+    for (std::size_t k = 0; k < groups; ++k)
+      magnitude += output_.take(i * plan_.columns + (group + k) * GROUP, count(group + k), buffer + (k * length + i) * GROUP, scale);
+  }
+  return magnitude;
+}
+
+void Lines::load_rows(std::size_t group, float* buffer) const {
+  const std::size_t length = plan_.length(), first = group * GROUP, lines = count(group);
   alignas(64) float tile[GROUP * STRIP] = {};
   for (std::size_t start = 0; start < length; start += STRIP) {
     const std::size_t n = std::min(STRIP, length - start), next = std::min(STRIP, length - start - n);
@@ -118,14 +143,9 @@ void Lines::load(std::size_t group, float* buffer) const {
   }
 }
 
-double Lines::finish(std::size_t group, float* buffer, float scale) const {
+double Lines::finish_rows(std::size_t group, float* buffer, float scale) const {
   const std::size_t length = plan_.length(), first = group * GROUP, lines = count(group);
   double magnitude = 0;
-  if (plan_.axis == 0) {
-    for (std::size_t i = 0; i < length; ++i)
-      magnitude += output_.take(i * plan_.columns + first, lines, buffer + i * GROUP, scale);
-    return magnitude;
-  }
   alignas(64) float tile[GROUP * STRIP];
   for (std::size_t start = 0; start < length; start += STRIP) {
     const std::size_t n = std::min(STRIP, length - start);
@@ -135,8 +155,12 @@ double Lines::finish(std::size_t group, float* buffer, float scale) const {
       for (std::size_t i = 0; i < n; ++i)
         for (std::size_t line = 0; line < GROUP; ++line) tile[line * STRIP + i] = buffer[(start + i) * GROUP + line];
     }
-    for (std::size_t line = 0; line < lines; ++line)
-      magnitude += output_.take((first + line) * length + start, n, tile + line * STRIP, scale);
+    const std::size_t next = std::min(STRIP, length - start - n);
+    for (std::size_t line = 0; line < lines; ++line) {
+      const std::size_t at = (first + line) * length + start;
+      if (next) output_.prefetch(at + n, next);
+      magnitude += output_.take(at, n, tile + line * STRIP, scale);
+    }
   }
   return magnitude;
 }

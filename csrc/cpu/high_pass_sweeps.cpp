@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -14,49 +15,57 @@ namespace {
 class Sweeps {
  public:
   Sweeps(const HighPass& plan, const Columns& columns, const Input& input, const Output& output, float* workspace)
-      : plan_(plan), columns_(columns), lines_(plan, input, output), transform_(Transform::of(plan.length())), selected_(workspace),
-        kept_(workspace + columns.floats()) {}
+      : plan_(plan), columns_(columns), lines_(plan, input, output), transform_(Transform::of(plan.length())),
+        at_once_(Lines::at_once(plan)), selected_(workspace), kept_(workspace + columns.floats()) {}
 
   double run() {
-    const std::size_t groups = groups_of(plan_.lines(), GROUP);
-    if (plan_.stored || !columns_.selected().empty()) parallel_for(groups, [this](std::size_t group) { sweep_in(group); });
+    const std::size_t groups = groups_of(plan_.lines(), GROUP), units = groups_of(groups, at_once_);
+    const auto size_of_unit = [=](std::size_t unit) { return std::min(at_once_, groups - unit * at_once_); };
+    if (plan_.stored || !columns_.selected().empty())
+      parallel_for(units, [&](std::size_t unit) { sweep_in(unit * at_once_, size_of_unit(unit)); });
     // half, because unpack() leaves out the halves of its sums
     columns_.filter(selected_, 0.0f, static_cast<float>(0.5 / plan_.lines()));
-    std::vector<double> parts(groups);
-    parallel_for(groups, [&](std::size_t group) { parts[group] = sweep_out(group); });
+    std::vector<double> parts(units);
+    parallel_for(units, [&](std::size_t unit) { parts[unit] = sweep_out(unit * at_once_, size_of_unit(unit)); });
     return std::accumulate(parts.begin(), parts.end(), 0.0);
   }
 
  private:
-  // The lines of a group in a buffer, and what Bluestein needs behind it
+  // Groups of lines, and what Bluestein needs behind them
   struct Buffer {
-    explicit Buffer(const Transform& transform)
-        : memory((transform.size() * GROUP + transform.scratch_floats()) * sizeof(float)), x(memory.floats()),
-          scratch(x + transform.size() * GROUP) {}
+    Buffer(const Transform& transform, std::size_t groups)
+        : memory((groups * transform.size() * GROUP + transform.scratch_floats()) * sizeof(float)), x(memory.floats()),
+          scratch(x + groups * transform.size() * GROUP) {}
     Scratch memory;
     float *x, *scratch;
   };
 
-  void sweep_in(std::size_t group) {
-    const Buffer buffer(transform_);
-    lines_.load(group, buffer.x);
-    transform_.forward(buffer.x, buffer.scratch);
-    exchange<&Sweeps::unpack>(group, buffer.x);
-    if (plan_.stored) keep(group, buffer.x);
+  void sweep_in(std::size_t first, std::size_t groups) {
+    const Buffer buffer(transform_, at_once_);
+    lines_.load(first, groups, buffer.x);
+    for (std::size_t k = 0; k < groups; ++k) {
+      float* x = buffer.x + k * plan_.length() * GROUP;
+      transform_.forward(x, buffer.scratch);
+      exchange<&Sweeps::unpack>(first + k, x);
+      if (plan_.stored) keep(first + k, x);
+    }
   }
 
-  double sweep_out(std::size_t group) {
-    const Buffer buffer(transform_);
-    if (plan_.stored) {
-      restore(group, buffer.x);
-    } else {
-      lines_.load(group, buffer.x);
-      transform_.forward(buffer.x, buffer.scratch);
-      drop(buffer.x);
+  double sweep_out(std::size_t first, std::size_t groups) {
+    const Buffer buffer(transform_, at_once_);
+    if (!plan_.stored) lines_.load(first, groups, buffer.x);
+    for (std::size_t k = 0; k < groups; ++k) {
+      float* x = buffer.x + k * plan_.length() * GROUP;
+      if (plan_.stored) {
+        restore(first + k, x);
+      } else {
+        transform_.forward(x, buffer.scratch);
+        drop(x);
+      }
+      exchange<&Sweeps::pack>(first + k, x);
+      transform_.inverse(x, buffer.scratch);
     }
-    exchange<&Sweeps::pack>(group, buffer.x);
-    transform_.inverse(buffer.x, buffer.scratch);
-    return lines_.finish(group, buffer.x, 1.0f / static_cast<float>(plan_.length()));
+    return lines_.finish(first, groups, buffer.x, 1.0f / static_cast<float>(plan_.length()));
   }
 
   float* point(float* x, std::size_t v) const { return x + transform_.position()[v] * POINT; }
@@ -145,6 +154,7 @@ class Sweeps {
   const Columns& columns_;
   const Lines lines_;
   const Transform& transform_;
+  const std::size_t at_once_;   // groups
   float *selected_, *kept_;
 };
 

@@ -22,6 +22,13 @@ class Input {
   void (*load_)(const TaskVectorSum&, std::size_t, std::size_t, float*);
 };
 
+template <bool WRITE>
+inline void prefetch_run(const void* start, const void* end) {
+  const char *first = static_cast<const char*>(start), *last = static_cast<const char*>(end) - 1;
+  for (; first < last; first += 64) __builtin_prefetch(first, WRITE);
+  __builtin_prefetch(last, WRITE);
+}
+
 // What becomes of a run of the filtered sum.
 class Output {
  public:
@@ -29,17 +36,27 @@ class Output {
   // values: n <= TILE of them, scale * values[i] is the filtered sum at element start + i; destroyed.
   // The sum of magnitudes of the run, where that is what is asked for, or 0
   virtual double take(std::size_t start, std::size_t n, float* values, float scale) const = 0;
+  virtual void prefetch(std::size_t start, std::size_t n) const = 0;   // the cache lines of a run, soon to be taken
 };
 
-// Groups of GROUP lines, in one buffer of [length][GROUP] floats.
+// Groups of GROUP lines, each in a buffer of [length][GROUP] floats.
 class Lines {
  public:
   Lines(const HighPass& plan, const Input& input, const Output& output) : plan_(plan), input_(input), output_(output) {}
 
-  void load(std::size_t group, float* buffer) const;             // absent lines of the last group are 0
-  double finish(std::size_t group, float* buffer, float scale) const;   // sum of what Output::take says
+  // How many neighbouring groups to handle together: a group of columns is one cache line wide and rarely aligned, so that alone it would
+  // move most lines twice, and look up a page for each.
+  static std::size_t at_once(const HighPass& plan);
+
+  // `groups` of them from `group` on; buffer: [groups][length][GROUP]. Absent lines of the last group are 0
+  void load(std::size_t group, std::size_t groups, float* buffer) const;
+  double finish(std::size_t group, std::size_t groups, float* buffer, float scale) const;   // the sum of what Output::take says
 
  private:
+  void load_columns(std::size_t group, std::size_t groups, float* buffer) const;
+  void load_rows(std::size_t group, float* buffer) const;
+  double finish_columns(std::size_t group, std::size_t groups, float* buffer, float scale) const;
+  double finish_rows(std::size_t group, float* buffer, float scale) const;
   std::size_t count(std::size_t group) const;
 
   const HighPass& plan_;
