@@ -31,6 +31,7 @@ from digits_training import (
     save_encoder,
     train_base,
 )
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -136,9 +137,9 @@ def accuracies(digits: Digits, heads: dict[str, torch.nn.Linear], out: Path, sec
     def own(folder: Path) -> dict[str, Encoder]:
         return {name: load_encoder(folder / name) for name in TASKS}
 
-    table = Table(title=f"accuracy in % on {len(digits.test[0])} unseen images")
+    table = Table(box=SIMPLE_HEAD, title=f"accuracy in % on {len(digits.test[0])} unseen images")
     for heading in ("model", *TASKS, "mean", "command"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     table.add_row(*row("base", same(out / "base")))
     table.add_row(*row("experts, own task", own(out / "experts")), end_section=True)
     for method in METHODS:
