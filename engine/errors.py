@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 
 class FreemergeError(Exception):
+    """Base of all errors freemerge raises on purpose; `exit_code` is the command line's."""
+
     exit_code = 1
 
 
