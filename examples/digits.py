@@ -137,7 +137,7 @@ def accuracies(digits: Digits, heads: dict[str, torch.nn.Linear], out: Path, sec
     def own(folder: Path) -> dict[str, Encoder]:
         return {name: load_encoder(folder / name) for name in TASKS}
 
-    table = Table(box=SIMPLE_HEAD, title=f"accuracy in % on {len(digits.test[0])} unseen images")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"accuracy in % on {len(digits.test[0])} unseen images")
     for heading in ("model", *TASKS, "mean", "command"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     table.add_row(*row("base", same(out / "base")))

@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
 
 def test_table_has_every_model_and_task(demo):
     _, printed = demo
-    for text in [*METHODS[:3], *TASKS, "base", "experts, own task", "free, with experts"]:
+    for text in [*METHODS[:3], *TASKS, "base", "experts, own task", "free, with experts", "command"]:
         assert text in printed
 
 
