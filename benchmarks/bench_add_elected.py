@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.add_elected import add_elected_reference
 from freemerge.kernels.array import task_vector
 

@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.add_task_vectors import add_task_vectors_reference
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.all_finite import all_finite_reference
 
 

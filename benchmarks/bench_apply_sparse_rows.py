@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows_reference
 from freemerge.kernels.sparse_rows import sparse_rows
 

@@ -5,13 +5,12 @@ ns an element, and the GB/s that moving every array once would make of it.
 
 import numpy as np
 import pytest
-from freemerge.kernels.array import BFLOAT16
-from freemerge.kernels.high_pass import high_pass, high_pass_reference, plan_high_pass
-from freemerge.kernels.high_pass_magnitudes import high_pass_magnitudes, high_pass_magnitudes_reference
 
 from conftest import checkpoint
+from freemerge.kernels.array import BFLOAT16
+from freemerge.kernels.high_pass import high_pass, high_pass_reference, plan_high_pass
+from shapes import FILTERED as SHAPES
 
-SHAPES = [(2048, 2048), (768, 3072), (3072, 768), (256, 2048), (2048, 5632), (5632, 2048), (4096, 4096), (4096, 11008), (4096, 14336)]
 SMALL = (1024, 1024)  # where the reference and torch are timed too
 MASK = {"cutoff": 0.7, "radius_from": "min", "inner_ring": "official"}
 
@@ -47,7 +46,9 @@ def run_torch(base, experts, out):
 
 
 CASES = [pytest.param(run_op, shape, id=f"cpu {shape[0]}x{shape[1]}") for shape in [SMALL, *SHAPES]]
-CASES += [pytest.param(run, SMALL, id=f"{run.__name__[4:]} {SMALL[0]}x{SMALL[1]}") for run in (run_reference, run_torch)]
+CASES += [
+    pytest.param(run, SMALL, id=f"{run.__name__[4:]} {SMALL[0]}x{SMALL[1]}") for run in (run_reference, run_torch)
+]
 
 
 @pytest.mark.parametrize(("run", "shape"), CASES)
@@ -60,12 +61,3 @@ def test_high_pass(benchmark, throughput, run, shape):
         expected = np.empty_like(base)
         run_reference(base, experts, expected)
         np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), rtol=2.0**-7, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_high_pass_magnitudes(benchmark, throughput, shape):
-    base, experts = checkpoint(shape)
-    sums = throughput(lambda: high_pass_magnitudes(base, experts, **MASK), moved=4 * base.nbytes)
-    per_element(benchmark, shape)
-    if shape == SHAPES[0]:
-        np.testing.assert_allclose(sums, high_pass_magnitudes_reference(base, experts, *MASK.values()), rtol=1e-6)

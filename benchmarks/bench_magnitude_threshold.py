@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.magnitude_threshold import magnitude_threshold_reference
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from freemerge.kernels.sparse_rows import sparse_rows_reference
 
 

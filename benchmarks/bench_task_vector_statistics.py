@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.task_vector_statistics import task_vector_statistics_reference
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+
 from freemerge.kernels.weighted_sum import weighted_sum_reference
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
 import processes
 from synthetic import Checkpoints, read_shapes, read_tensor
 

@@ -7,9 +7,9 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+
 from freemerge.kernels import dispatch
 from freemerge.kernels.array import BFLOAT16
-
 from shapes import SHAPES, SMALL
 
 

@@ -17,7 +17,7 @@ from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter, write_file
-from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError
+from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, gathered
 from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
@@ -170,7 +170,12 @@ def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path) -> 
     checksums = {name: record["checksum"] for name, record in records.items()}
     experts = {name: {} for name in names}
     write_manifest(
-        folder, recipe=yaml.safe_load(recipe.to_yaml()), inputs=inputs, shards=plan.shards, checksums=checksums, experts=experts
+        folder,
+        recipe=yaml.safe_load(recipe.to_yaml()),
+        inputs=inputs,
+        shards=plan.shards,
+        checksums=checksums,
+        experts=experts,
     )
 
 
@@ -211,10 +216,16 @@ def merge_state_dicts(
     Raises:
         InputError: tensors do not fit together; all problems at once.
     """
-    named = dict(experts) if isinstance(experts, Mapping) else {f"expert{t}": expert for t, expert in enumerate(experts)}
-    recipe = Recipe.from_flags(method, "base" if base is not None else None, {n: n for n in named}, parameters, dtype=dtype)
+    named = (
+        dict(experts) if isinstance(experts, Mapping) else {f"expert{t}": expert for t, expert in enumerate(experts)}
+    )
+    recipe = Recipe.from_flags(
+        method, "base" if base is not None else None, {n: n for n in named}, parameters, dtype=dtype
+    )
     found = [MemoryCheckpoint(state_dict, name) for name, state_dict in named.items()]
-    reference = MemoryCheckpoint(base, "base") if base is not None else found[0] if found else MemoryCheckpoint({}, "base")
+    reference = (
+        MemoryCheckpoint(base, "base") if base is not None else found[0] if found else MemoryCheckpoint({}, "base")
+    )
     plan = make_plan(recipe, methods.get(recipe.method), reference, found, shard_size=1 << 62)
     dispatch.set_threads(threads)
     sink = MemorySink(plan)
@@ -247,20 +258,24 @@ def _check_recipe(recipe: Recipe, method: methods.Method, out: Path | None) -> N
     """What can be said before any checkpoint is opened."""
     insist_on(recipe, method)
     inputs = [recipe.base, *(expert.model for expert in recipe.experts)]
-    if out is not None and out.exists() and any(model and Path(model).exists() and out.samefile(model) for model in inputs):
+    if (
+        out is not None
+        and out.exists()
+        and any(model and Path(model).exists() and out.samefile(model) for model in inputs)
+    ):
         raise RecipeError(f"{out} is one of the inputs; choose another output directory")
 
 
 def _open_all(recipe: Recipe, allow_pickle: bool, stack: ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """The base (the first model, to copy from, where there is none) and the experts; all that cannot be opened in one error."""
     opened: dict[str, Checkpoint] = {}
-    problems = []
+    errors = []
     wanted = [model for model in (recipe.base, *(expert.model for expert in recipe.experts)) if model is not None]
     for model in dict.fromkeys(wanted):
         try:
             opened[model] = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
         except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        raise CheckpointError("\n".join(problems))
+            errors.append(error)
+    if errors:
+        raise CheckpointError(gathered(errors))
     return opened[wanted[0]], [opened[expert.model] for expert in recipe.experts]

@@ -49,7 +49,9 @@ class Matcher:
         tied_to = self._base_ties.get(name)
         sources = [self._source(index, name, tied_to) for index in range(len(self.experts))]
         taking_part = [
-            source if source is not None and self._takes_part(index, name, self.experts[index].tensors[source]) else None
+            source
+            if source is not None and self._takes_part(index, name, self.experts[index].tensors[source])
+            else None
             for index, source in enumerate(sources)
         ]
         return Match(name, tuple(taking_part), tied_to)
@@ -58,7 +60,9 @@ class Matcher:
         expert, ties = self.experts[index], self._ties[index]
         if name in expert.tensors:
             if tied_to and ties.get(name) != tied_to:
-                self.problems.append(f"{name}: tied to {tied_to} in {self.base.label}, a weight of its own in {self._label(index)}")
+                self.problems.append(
+                    f"{name}: tied to {tied_to} in {self.base.label}, a weight of its own in {self._label(index)}"
+                )
             return name
         if tied_to and tied_to in expert.tensors:
             return tied_to
@@ -95,7 +99,9 @@ class Matcher:
             self.warnings.append(f"{self._label(index)} has tensors the base has not, they are left out: {some}")
 
     def _hint(self, expert, name: str) -> str:
-        renamed = next((other for other in expert.tensors if other.endswith("." + name) or name.endswith("." + other)), None)
+        renamed = next(
+            (other for other in expert.tensors if other.endswith("." + name) or name.endswith("." + other)), None
+        )
         return f" (there it is called {renamed}: save both models with the same prefix)" if renamed else ""
 
     def _label(self, index: int) -> str:
@@ -118,12 +124,19 @@ def _ties(checkpoint) -> dict[str, str]:
 
 def _head_of(checkpoint, name: str) -> str | None:
     """The embedding that `name` could be tied to: another matrix of its shape and dtype, outside the layers."""
-    if not any(word in name for word in ("head", "output", "decoder")) or any(part.isdigit() for part in name.split(".")):
+    if not any(word in name for word in ("head", "output", "decoder")) or any(
+        part.isdigit() for part in name.split(".")
+    ):
         return None
     info = checkpoint.tensors[name]
     for other, theirs in checkpoint.tensors.items():
         embeds = any(word in other for word in ("embed", "wte", "shared"))
-        if embeds and other != name and len(info.shape) == 2 and (theirs.shape, theirs.dtype) == (info.shape, info.dtype):
+        if (
+            embeds
+            and other != name
+            and len(info.shape) == 2
+            and (theirs.shape, theirs.dtype) == (info.shape, info.dtype)
+        ):
             return other
     return None
 

@@ -179,7 +179,9 @@ def _fit(recipe: Recipe, method: Method):
 
 
 def _plan_tensor(method: Method):
-    return getattr(method.module, "plan_tensor", lambda name, shape, *, experts, **parameters: TensorPlan("merge", method.name))
+    return getattr(
+        method.module, "plan_tensor", lambda name, shape, *, experts, **parameters: TensorPlan("merge", method.name)
+    )
 
 
 def _cropped(expert: Array, shape: tuple[int, ...]) -> Array:

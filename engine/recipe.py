@@ -188,7 +188,7 @@ def _recipe(document: Document, problems: list[str]) -> Recipe:
 
 
 def _tokenizer_source(document: Document, problems: list[str]) -> str:
-    """"base", or one of the models as the recipe spells it there."""
+    """ "base", or one of the models as the recipe spells it there."""
     if document.tokenizer and document.tokenizer_source:
         problems.append("tokenizer_source and tokenizer: both are given; keep one")
     source = document.tokenizer.source if document.tokenizer else document.tokenizer_source

@@ -32,7 +32,9 @@ class DiskSink:
 
         After a power cut the journal may know of bytes that never reached the disk, so all of it is read again.
         """
-        self._work.verify_done(lambda name, record: checksum(self.read(name)) == record["checksum"] and holds(name, record))
+        self._work.verify_done(
+            lambda name, record: checksum(self.read(name)) == record["checksum"] and holds(name, record)
+        )
         self.done = dict(self._work.done)
         self.records = dict(self._work.done)
 

@@ -46,7 +46,9 @@ class Stream:
         progress: called as progress(done_bytes, total_bytes) from any thread.
     """
 
-    def __init__(self, plan: Plan, sink, *, extraction=None, max_memory: int, check_finite=True, progress: Callable | None = None):
+    def __init__(
+        self, plan: Plan, sink, *, extraction=None, max_memory: int, check_finite=True, progress: Callable | None = None
+    ):
         self.plan, self.sink, self.extraction = plan, sink, extraction
         self.check_finite = check_finite
         self.buffers = BufferPool(max(max_memory - BESIDE_BUFFERS, max_memory // 2))
@@ -84,7 +86,10 @@ class Stream:
     def _run_threads(self, todo: list[TensorTask]) -> None:
         ahead = _ReadAhead(self.plan, [task for task in todo if not task.match.same_as])
         # More workers than cores: while one waits for the disk or hashes, the ops of another use the pool of threads.
-        workers = [threading.Thread(target=self._work, args=(ahead,), daemon=True) for _ in range(min(4, dispatch.threads() + 1))]
+        workers = [
+            threading.Thread(target=self._work, args=(ahead,), daemon=True)
+            for _ in range(min(4, dispatch.threads() + 1))
+        ]
         for thread in (ahead, *workers):
             thread.start()
         try:
@@ -99,7 +104,9 @@ class Stream:
         if self._failure is not None:
             raise self._failure
         if self._problems:
-            raise CheckpointError(listed(self._problems, "Mend the model, or pass --allow-nonfinite to merge it as it is."))
+            raise CheckpointError(
+                listed(self._problems, "Mend the model, or pass --allow-nonfinite to merge it as it is.")
+            )
 
     def _work(self, ahead: "_ReadAhead") -> None:
         try:
@@ -126,7 +133,11 @@ class Stream:
             if self.check_finite and is_float(out.dtype) and not all_finite(out):
                 self._note_nonfinite(unit, base, experts)
                 return
-            record = self.extraction.extract(task, base, out, experts) if self.extraction and task.settings is not None else {}
+            record = (
+                self.extraction.extract(task, base, out, experts)
+                if self.extraction and task.settings is not None
+                else {}
+            )
             whole = self._add_to_checksum(unit, out)
         if whole:
             self.sink.finish(task.name, {"checksum": whole, **record})
@@ -183,7 +194,10 @@ class Stream:
         self.progress.add(task, 1.0)
 
     def _note_nonfinite(self, unit: Unit, base: Array, experts: list[Array | None]) -> None:
-        inputs = [(self.plan.base.label, base), *((e.label, a) for e, a in zip(self.plan.experts, experts, strict=False))]
+        inputs = [
+            (self.plan.base.label, base),
+            *((e.label, a) for e, a in zip(self.plan.experts, experts, strict=False)),
+        ]
         guilty = [label for label, array in inputs if array is not None and not all_finite(array)]
         found = f"NaN or Inf in {', '.join(guilty)}" if guilty else f"the result does not fit {unit.task.dtype}"
         problem = f"{unit.task.name}: {found}"
@@ -219,7 +233,9 @@ class _ReadAhead(threading.Thread):
         plan = self._plan
         wanted = [(plan.base, task.name)] if plan.method.uses_base or task.settings is None else []
         if task.settings is not None:
-            wanted += [(expert, source) for expert, source in zip(plan.experts, task.match.sources, strict=True) if source]
+            wanted += [
+                (expert, source) for expert, source in zip(plan.experts, task.match.sources, strict=True) if source
+            ]
         for checkpoint, name in wanted:
             checkpoint.prefetch(name)
         return plan.bytes_read(task)
@@ -248,4 +264,3 @@ class _Progress:
         with self._lock:
             self._done += share * (self._plan.bytes_read(task) + task.nbytes)
             self._tell(round(self._done), self._total)
-

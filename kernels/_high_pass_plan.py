@@ -73,7 +73,9 @@ def plan_high_pass(
     return min(possible_plans(*mask), key=lambda plan: (max(plan.workspace, MOST_WORKSPACE), plan.nanoseconds))
 
 
-def possible_plans(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing) -> list[HighPassPlan]:
+def possible_plans(
+    shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing
+) -> list[HighPassPlan]:
     """Every form that gives the right answer, for the choice and for tests."""
     check_parameters(cutoff, radius_from, inner_ring)
     if len(shape) != 2:
@@ -105,12 +107,18 @@ def check_parameters(cutoff: float, radius_from: str, inner_ring: str) -> None:
 
 def radii(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom) -> tuple[np.float32, int]:
     """R and rho of METHODS.md section 1.1: the outer radius as the official code rounds it, and that of the inner ring."""
-    of = math.sqrt((shape[0] / 2) ** 2 + (shape[1] / 2) ** 2) if radius_from == "diagonal" else {"min": min, "max": max}[radius_from](shape)
+    of = (
+        math.sqrt((shape[0] / 2) ** 2 + (shape[1] / 2) ** 2)
+        if radius_from == "diagonal"
+        else {"min": min, "max": max}[radius_from](shape)
+    )
     with np.errstate(over="ignore"):
         return np.float32(cutoff * of), min(shape) // 10
 
 
-def _thresholds(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing) -> tuple[int, int, int]:
+def _thresholds(
+    shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing
+) -> tuple[int, int, int]:
     """(inner, below, outer): the gain at squared distance s is [s <= inner] + [below < s <= outer]."""
     outer_radius, ring_radius = radii(shape, cutoff, radius_from)
     farthest = (shape[0] // 2) ** 2 + (shape[1] // 2) ** 2
@@ -130,7 +138,9 @@ def _thresholds(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, 
 
 
 @lru_cache(maxsize=256)
-def column_bounds(shape: tuple[int, int], axis: int, cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing) -> np.ndarray:
+def column_bounds(
+    shape: tuple[int, int], axis: int, cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing
+) -> np.ndarray:
     """[3, length] int32 (inner, below, outer): the gain at (u, v), d = |u - lines//2|, is [d <= inner[v]] + [below[v] < d <= outer[v]].
 
     `v` counts along the lines (axis 1: they are rows), `u` across them. -1 where there is no such d.
@@ -202,7 +212,9 @@ def _padded(n: int) -> int:
     return 1 << (2 * n - 2).bit_length()
 
 
-def _point_bytes(length: int) -> int:  # a transform of LANES complex lines, with what Bluestein's algorithm needs beside it
+def _point_bytes(
+    length: int,
+) -> int:  # a transform of LANES complex lines, with what Bluestein's algorithm needs beside it
     rest = length
     for factor in (2, *range(3, 62, 2)):
         while rest % factor == 0:
@@ -236,7 +248,9 @@ def _complement_plan(length: int, lines: int, columns: int, removed: int, double
     )
 
 
-def _sweeps_plans(axis: int, length: int, lines: int, kept: int, mixed: int, removed: int, doubled: int) -> list[HighPassPlan]:
+def _sweeps_plans(
+    axis: int, length: int, lines: int, kept: int, mixed: int, removed: int, doubled: int
+) -> list[HighPassPlan]:
     size = length * lines
     workspace, across = _across(mixed, lines)
     store = 8 * LANES * kept * -(-lines // (2 * LANES))

@@ -8,7 +8,9 @@ from freemerge.kernels.array import Array
 
 try:
     from freemerge.kernels import _cpu
-except ImportError as error:  # an installation without its compiled module: everything works, slowly; `freemerge info` says why
+except (
+    ImportError
+) as error:  # an installation without its compiled module: everything works, slowly; `freemerge info` says why
     _cpu, missing = None, str(error)
 else:
     missing = None
@@ -26,7 +28,9 @@ def implementation(op: str, array: Array) -> Callable | None:
         raise UnavailableError(f"FREEMERGE_IMPL={wish}: there is auto, cpu and reference")
     found = getattr(_cpu, op, None)
     if found is None and wish == "cpu":
-        raise UnavailableError(f"FREEMERGE_IMPL=cpu: {op} has no compiled version here ({missing or 'not written yet'})")
+        raise UnavailableError(
+            f"FREEMERGE_IMPL=cpu: {op} has no compiled version here ({missing or 'not written yet'})"
+        )
     return found
 
 

@@ -115,4 +115,6 @@ def check_matrices(like: Array, base: Array | None, experts: Sequence[Array]) ->
 
 def check_workspace(workspace: Array | None, plan: HighPassPlan) -> None:
     if workspace is not None and (workspace.dtype != np.uint8 or workspace.nbytes < plan.workspace):
-        raise ShapeError(f"workspace is {workspace.nbytes} bytes of {workspace.dtype}; {plan.workspace} of uint8 are needed")
+        raise ShapeError(
+            f"workspace is {workspace.nbytes} bytes of {workspace.dtype}; {plan.workspace} of uint8 are needed"
+        )

@@ -16,7 +16,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-
 from freemerge import merge_state_dicts, methods
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 

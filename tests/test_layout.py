@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from freemerge import kernels, methods
+from freemerge.testing import versions
 
 ROOT = Path(__file__).parent.parent
 OPS = kernels.ops()
@@ -48,9 +49,15 @@ def imports(path: Path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("freemerge."):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}".removeprefix("freemerge.")
-                yield inner if (ROOT / "engine" / f"{inner.replace('.', '/')}.py").exists() else node.module.removeprefix("freemerge.")
+                yield (
+                    inner
+                    if (ROOT / "engine" / f"{inner.replace('.', '/')}.py").exists()
+                    else node.module.removeprefix("freemerge.")
+                )
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("freemerge.") for alias in node.names if alias.name.startswith("freemerge."))
+            yield from (
+                alias.name.removeprefix("freemerge.") for alias in node.names if alias.name.startswith("freemerge.")
+            )
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()))
@@ -75,7 +82,7 @@ def test_every_op_has_reference_compiled_version_test_and_benchmark(op):
     assert module.__doc__.startswith(f"{op}: ")
     assert (ROOT / f"tests/ops/test_{op}.py").exists()
     assert (ROOT / f"benchmarks/bench_{op}.py").exists()
-    assert (ROOT / f"bindings/{op}.cpp").exists()
+    assert versions(op)
 
 
 @pytest.mark.parametrize("name", methods.names())

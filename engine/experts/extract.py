@@ -62,9 +62,16 @@ class Extraction:
         for t, (expert, sidecar) in enumerate(zip(self.plan.recipe.experts, self._sidecars, strict=True)):
             mu = self._hooks.expert_scale([self._statistics[task.name][t] for task in self._tasks], **self._settings)
             scales = {
-                task.name: self._hooks.tensor_scale(mu, task.name, task.shape, **task.settings) for task in self._covered
+                task.name: self._hooks.tensor_scale(mu, task.name, task.shape, **task.settings)
+                for task in self._covered
             }
-            facts = {"expert": expert.name, "method": self.plan.method.name, "mode": self._mode, "backbone": backbone, "mu": mu}
+            facts = {
+                "expert": expert.name,
+                "method": self.plan.method.name,
+                "mode": self._mode,
+                "backbone": backbone,
+                "mu": mu,
+            }
             sidecar.finish({**facts, **described}, scales)
 
     def _count(self, task: TensorTask) -> int:
@@ -75,7 +82,8 @@ class Extraction:
         base = self.plan.base.tensors
         taking_part = [task for task in self._covered if task.match.sources[t] is not None]
         entries = [
-            SparseEntry(task.name, task.shape, counts[task.name], base[task.name].dtype if start else None) for task in taking_part
+            SparseEntry(task.name, task.shape, counts[task.name], base[task.name].dtype if start else None)
+            for task in taking_part
         ]
         return self._open(self.plan.recipe.experts[t].name, entries)
 
@@ -86,17 +94,22 @@ class Extraction:
         for t, expert in enumerate(experts):
             if expert is None or not self._count(task):
                 continue
-            rows[t] = self._hooks.extract_expert(base, merged, expert, name=task.name, within=within[t], **task.settings)
+            rows[t] = self._hooks.extract_expert(
+                base, merged, expert, name=task.name, within=within[t], **task.settings
+            )
             start = _entries_of(base, rows[t]) if self._mode == "replace" else None
             checksums[t] = self._sidecars[t].write(task.name, rows[t], start)
-        self._statistics[task.name] = self._hooks.measure_tensor(base, merged, experts, rows, name=task.name, **task.settings)
+        self._statistics[task.name] = self._hooks.measure_tensor(
+            base, merged, experts, rows, name=task.name, **task.settings
+        )
         return checksums
 
     def _select_over_model(self) -> None:
         """A second pass: thresholds over all covered tensors of an expert, then their entries."""
         chosen = [self._selections(t) for t in range(len(self.plan.experts))]
         self._sidecars = [
-            self._open_sidecar(t, {name: count for name, (_, count) in selected.items()}) for t, selected in enumerate(chosen)
+            self._open_sidecar(t, {name: count for name, (_, count) in selected.items()})
+            for t, selected in enumerate(chosen)
         ]
         for task in self._tasks:
             within = [selected[task.name][0] if task.name in selected else None for selected in chosen]

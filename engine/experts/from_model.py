@@ -59,13 +59,17 @@ def extract_expert(
     recipe = Recipe.from_flags("free", merged, experts, parameters)
     path = folder / "experts" / f"{recipe.experts[0].name}.safetensors"
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; pass overwrite=True (--overwrite) to replace it, or give the expert another name")
+        raise OutputError(
+            f"{path} exists; pass overwrite=True (--overwrite) to replace it, or give the expert another name"
+        )
     with ExitStack() as stack:
         backbone = stack.enter_context(open_checkpoint(folder))
         fine_tuned = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
         plan = make_plan(recipe, methods.get("free"), backbone, [fine_tuned], shard_size=1 << 62)
         unfinished = path.with_suffix(".unfinished")
-        extraction = Extraction(plan, _Backbone(backbone, checksums), lambda _, entries: SidecarWriter(unfinished, entries, fsync=fsync))
+        extraction = Extraction(
+            plan, _Backbone(backbone, checksums), lambda _, entries: SidecarWriter(unfinished, entries, fsync=fsync)
+        )
         for task in plan.tasks:
             if task.settings is not None and not task.match.same_as:
                 tensor: Array = backbone.read(task.name)

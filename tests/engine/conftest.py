@@ -13,7 +13,9 @@ def models(tmp_path):
     for t, name in enumerate(("math", "code", "chat"), 1):
         moved = {key: moved_from(array, seed=1000 * t + i) for i, (key, array) in enumerate(base.items())}
         folders.append(
-            write_checkpoint(tmp_path / name, moved, shards=3 if t == 2 else 1, config=tiny_llama_config(torch_dtype="bfloat16"))
+            write_checkpoint(
+                tmp_path / name, moved, shards=3 if t == 2 else 1, config=tiny_llama_config(torch_dtype="bfloat16")
+            )
         )
     return str(folders[0]), [str(folder) for folder in folders[1:]]
 

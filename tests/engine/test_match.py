@@ -8,7 +8,9 @@ from freemerge.testing import tiny_llama, tiny_llama_config, write_checkpoint
 
 
 def matched(base, *experts, **options):
-    return Matcher(MemoryCheckpoint(base, "base"), [MemoryCheckpoint(e, f"e{i}") for i, e in enumerate(experts)], **options)
+    return Matcher(
+        MemoryCheckpoint(base, "base"), [MemoryCheckpoint(e, f"e{i}") for i, e in enumerate(experts)], **options
+    )
 
 
 def test_equal_models_match_tensor_by_tensor():
@@ -34,7 +36,10 @@ def test_all_problems_are_listed_with_tensor_and_expert():
 def test_a_renamed_prefix_is_recognised():
     expert = {name.removeprefix("model."): array for name, array in tiny_llama(1).items()}
     problems = matched(tiny_llama(0), expert).problems
-    assert "model.norm.weight: missing from expert 0 (e0) (there it is called norm.weight: save both models with the same prefix)" in problems
+    assert (
+        "model.norm.weight: missing from expert 0 (e0) (there it is called norm.weight: save both models with the same prefix)"
+        in problems
+    )
 
 
 def test_extra_tensors_of_an_expert_are_a_warning():
@@ -70,7 +75,9 @@ def tied_copy(seed):
 
 
 def test_a_head_no_input_stores_is_no_business_of_the_merge(tmp_path):
-    base, expert = (on_disk(tmp_path, str(i), tiny_llama(i, tie_word_embeddings=True), tie_word_embeddings=True) for i in (0, 1))
+    base, expert = (
+        on_disk(tmp_path, str(i), tiny_llama(i, tie_word_embeddings=True), tie_word_embeddings=True) for i in (0, 1)
+    )
     matcher = Matcher(base, [expert])
     assert not matcher.problems
     assert "lm_head.weight" not in {match.name for match in matcher.matches}
@@ -104,7 +111,9 @@ def test_an_expert_that_unties_its_head_is_a_problem(tmp_path, stored):
 
 def test_an_expert_that_ties_what_the_base_does_not_is_a_problem(tmp_path):
     base = on_disk(tmp_path, "base", tiny_llama(0))
-    matcher = Matcher(base, [on_disk(tmp_path, "expert", tiny_llama(1, tie_word_embeddings=True), tie_word_embeddings=True)])
+    matcher = Matcher(
+        base, [on_disk(tmp_path, "expert", tiny_llama(1, tie_word_embeddings=True), tie_word_embeddings=True)]
+    )
     assert len(matcher.problems) == 1
     assert "lm_head.weight: a weight of its own in" in matcher.problems[0]
 

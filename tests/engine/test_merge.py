@@ -13,7 +13,7 @@ import pytest
 import freemerge
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.verify import verify
-from freemerge.errors import CheckpointError, ChangedInputError, OutputError, PlanError, RecipeError, UnavailableError
+from freemerge.errors import ChangedInputError, CheckpointError, OutputError, PlanError, RecipeError, UnavailableError
 from freemerge.kernels.array import BFLOAT16
 from freemerge.testing import tiny_llama, tiny_vit, tiny_vit_config, write_checkpoint
 
@@ -97,7 +97,9 @@ def test_an_existing_result_survives_a_killed_overwrite(models, tmp_path):
     freemerge.merge("task_arithmetic", base, experts, out)
     before = bytes_of(out)
     script = KILLED.replace("progress=die", "progress=die, overwrite=True")
-    assert subprocess.run([sys.executable, "-P", "-c", script, "9", base, str(out), *experts], check=False).returncode < 0
+    assert (
+        subprocess.run([sys.executable, "-P", "-c", script, "9", base, str(out), *experts], check=False).returncode < 0
+    )
     assert bytes_of(out) == before
     freemerge.merge("free", base, experts, out, density=0.05, shard_size="60kB", resume=True, overwrite=True)
     assert bytes_of(out) != before
@@ -192,6 +194,20 @@ def test_every_problem_of_a_merge_at_once(models, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_every_model_that_cannot_be_read_in_one_error(models, tmp_path):
+    base, _ = models
+    with pytest.raises(CheckpointError) as error:
+        freemerge.merge("fr", base, [str(tmp_path / "no"), str(tmp_path / "nil")], tmp_path / "out")
+    assert str(error.value).startswith("2 problems, nothing was written")
+    assert str(error.value).count("hub name") == 1
+
+
+def test_an_input_is_never_overwritten(models):
+    base, experts = models
+    with pytest.raises(RecipeError, match="is one of the inputs"):
+        freemerge.merge("fr", base, experts, experts[0], overwrite=True)
+
+
 def test_dry_run_says_what_would_happen(models, tmp_path):
     base, experts = models
     plan = freemerge.merge("fr", base, experts, tmp_path / "out", dry_run=True)
@@ -213,7 +229,10 @@ def test_dtype_of_the_result(models, tmp_path):
 def test_integers_come_from_the_base(tmp_path):
     base, expert = tiny_vit(0), tiny_vit(1)
     base["vit.steps"], expert["vit.steps"] = np.array([3, 4]), np.array([9, 9])
-    folders = [write_checkpoint(tmp_path / name, tensors, config=tiny_vit_config()) for name, tensors in (("b", base), ("e", expert))]
+    folders = [
+        write_checkpoint(tmp_path / name, tensors, config=tiny_vit_config())
+        for name, tensors in (("b", base), ("e", expert))
+    ]
     freemerge.merge("task_arithmetic", folders[0], [folders[1]], tmp_path / "out")
     np.testing.assert_array_equal(tensors_of(tmp_path / "out")["vit.steps"], [3, 4])
 
@@ -224,14 +243,19 @@ def test_tied_weights_stay_tied(tmp_path):
         tensors = tiny_llama(seed)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         folders.append(write_checkpoint(tmp_path / str(seed), tensors, config={"tie_word_embeddings": True}))
-    freemerge.merge("fr", folders[0], folders[1:], tmp_path / "out", unfiltered="lm_head")  # the filter treats them differently
+    freemerge.merge(
+        "fr", folders[0], folders[1:], tmp_path / "out", unfiltered="lm_head"
+    )  # the filter treats them differently
     merged = tensors_of(tmp_path / "out")
     np.testing.assert_array_equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 
 def test_recipe_file_and_call_give_the_same_weights(models, tmp_path):
     base, experts = models
-    lines = [f"merge_method: fr\nbase_model: {base}\nparameters: {{scaling: 0.4}}\nmodels:", *(f"  - model: {e}" for e in experts)]
+    lines = [
+        f"merge_method: fr\nbase_model: {base}\nparameters: {{scaling: 0.4}}\nmodels:",
+        *(f"  - model: {e}" for e in experts),
+    ]
     (tmp_path / "recipe.yml").write_text("\n".join(lines))
     freemerge.merge(tmp_path / "recipe.yml", out=tmp_path / "a")
     freemerge.merge("fr", base, experts, tmp_path / "b", scaling=0.4)

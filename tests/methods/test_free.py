@@ -10,7 +10,6 @@ from freemerge.errors import RecipeError
 from freemerge.kernels.array import store
 from freemerge.testing import random_array
 
-
 SHAPES = {
     "layers.0.mlp.weight": (24, 40),
     "layers.0.mlp.bias": (40,),

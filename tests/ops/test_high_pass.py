@@ -21,16 +21,39 @@ BFLOAT16 = FLOATS[3]
 # order of operations on another instruction set.
 TOLERANCE = 1e-6
 
-SHAPES = [(1, 1), (1, 2), (5, 1), (1, 768), (640, 1), (2, 3), (7, 9), (64, 64), (96, 97), (31, 37), (47, 29), (9, 200), (130, 33), (33, 130)]
+SHAPES = [
+    (1, 1),
+    (1, 2),
+    (5, 1),
+    (1, 768),
+    (640, 1),
+    (2, 3),
+    (7, 9),
+    (64, 64),
+    (96, 97),
+    (31, 37),
+    (47, 29),
+    (9, 200),
+    (130, 33),
+    (33, 130),
+]
 MASKS = [(cutoff, "min", ring) for cutoff in (0, 0.06, 0.5, 0.7, 0.9) for ring in ("official", "clean")]
-MASKS += [(0.6, "max", "official"), (0.3, "max", "clean"), (0.7, "diagonal", "official"), (0.95, "diagonal", "clean"), (1e30, "max", "clean")]
+MASKS += [
+    (0.6, "max", "official"),
+    (0.3, "max", "clean"),
+    (0.7, "diagonal", "official"),
+    (0.95, "diagonal", "clean"),
+    (1e30, "max", "clean"),
+]
 
 
 def filtered(base, experts, weights, plan, mask, add_base=True, out=None):
     """The compiled op in the form and along the axis of `plan`."""
     out = poisoned(experts[0].shape, np.float32) if out is None else out
     bounds = column_bounds(out.shape, plan.axis, *mask)
-    implementation("high_pass", out)(base, experts, weights, plan.form, plan.axis, plan.stored, bounds, add_base, None, out)
+    implementation("high_pass", out)(
+        base, experts, weights, plan.form, plan.axis, plan.stored, bounds, add_base, None, out
+    )
     return out
 
 
@@ -72,13 +95,18 @@ def test_any_length_along_either_axis(length):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(40, 129), (129, 40)], ids=str)
 def test_every_dtype(shape, dtype, out_dtype):
-    base, experts = random_array(shape, dtype, seed=0), [random_array(shape, other, seed=2) for other in (dtype, dtype, BFLOAT16)]
+    base, experts = (
+        random_array(shape, dtype, seed=0),
+        [random_array(shape, other, seed=2) for other in (dtype, dtype, BFLOAT16)],
+    )
     weights = [0.5, -0.25, 1.0]
     exact = referenced(base, experts, weights, (0.7, "min", "clean"))
     out = poisoned(shape, out_dtype)
     high_pass(base, experts, weights, out=out)
     # half a last place of the output and the filter's own error; the smallest float8_e4m3fn is 2^-9
-    ulp, smallest = {8: (1e-6, 4e-6), 4: (1e-6, 4e-6), 2: (2.0**-8, 4e-6), 1: (2.0**-3, 2.0**-10)}[np.dtype(out_dtype).itemsize]
+    ulp, smallest = {8: (1e-6, 4e-6), 4: (1e-6, 4e-6), 2: (2.0**-8, 4e-6), 1: (2.0**-3, 2.0**-10)}[
+        np.dtype(out_dtype).itemsize
+    ]
     np.testing.assert_allclose(out.astype(np.float64), exact, rtol=1.01 * ulp, atol=1.01 * smallest)
 
 
@@ -103,7 +131,15 @@ def test_matches_golden(path):
             task_vector = file.get_tensor(name)
             out = poisoned(task_vector.shape, np.float32)
             ring = "official" if hyper["inner_ring"] else "clean"
-            high_pass(None, [task_vector], [1.0], cutoff=hyper["ratio"], radius_from=hyper["radius_from"], inner_ring=ring, out=out)
+            high_pass(
+                None,
+                [task_vector],
+                [1.0],
+                cutoff=hyper["ratio"],
+                radius_from=hyper["radius_from"],
+                inner_ring=ring,
+                out=out,
+            )
             assert_near(out, file.get_tensor(f"expected_{name}"), 2e-6)  # tolerance of shared/goldens/README.md
 
 
@@ -172,7 +208,8 @@ def test_squared_distances_are_rounded_to_float32():
 
 
 @pytest.mark.parametrize(
-    ("shape", "cutoff", "form"), [((512, 512), 0.9, "keep"), ((512, 512), 0.7, "complement"), ((512, 1536), 0.7, "sweeps")]
+    ("shape", "cutoff", "form"),
+    [((512, 512), 0.9, "keep"), ((512, 512), 0.7, "complement"), ((512, 1536), 0.7, "sweeps")],
 )
 def test_form_follows_what_is_removed(shape, cutoff, form):
     plan = plan_high_pass(shape, cutoff=cutoff)
@@ -188,7 +225,13 @@ def test_tall_matrices_are_transformed_along_columns():
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.integers(1, 70), st.integers(1, 70), st.floats(0.1, 1.2), st.sampled_from(["official", "clean"]), st.integers(0, 99))
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.floats(0.1, 1.2),
+    st.sampled_from(["official", "clean"]),
+    st.integers(0, 99),
+)
 def test_filter_is_linear(rows, columns, cutoff, inner_ring, seed):
     shape = (rows, columns)
     left, right = (random_array(shape, np.float32, seed=seed + k) for k in (0, 1))
@@ -198,7 +241,9 @@ def test_filter_is_linear(rows, columns, cutoff, inner_ring, seed):
         high_pass(None, experts, weights, cutoff=cutoff, inner_ring=inner_ring, out=out)
         return out
 
-    np.testing.assert_allclose(f([left, right], [2.0, -3.0]), 2 * f([left], [1.0]) - 3 * f([right], [1.0]), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        f([left, right], [2.0, -3.0]), 2 * f([left], [1.0]) - 3 * f([right], [1.0]), rtol=0, atol=2e-5
+    )
 
 
 def test_filtering_twice_changes_nothing_with_a_clean_ring_and_even_sizes():
@@ -226,7 +271,9 @@ def test_storing_the_spectra_changes_no_bit():
     experts = [random_array((80, 250), np.float32, seed=1)]
     stored, again = (plan for plan in possible_plans((80, 250), *mask) if plan.axis == 1)
     assert {stored.stored, again.stored} == {True, False}
-    np.testing.assert_array_equal(filtered(None, experts, [1.0], stored, mask), filtered(None, experts, [1.0], again, mask))
+    np.testing.assert_array_equal(
+        filtered(None, experts, [1.0], stored, mask), filtered(None, experts, [1.0], again, mask)
+    )
 
 
 @pytest.mark.parametrize("shape", [(64, 200), (200, 64), (128, 128)], ids=str)
@@ -279,7 +326,11 @@ def test_workspace_of_the_caller():
 
 
 def test_reference_runs_where_nothing_is_compiled(monkeypatch):
-    expert, fast, slow = random_array((30, 50), np.float32, seed=0), poisoned((30, 50), np.float32), poisoned((30, 50), np.float32)
+    expert, fast, slow = (
+        random_array((30, 50), np.float32, seed=0),
+        poisoned((30, 50), np.float32),
+        poisoned((30, 50), np.float32),
+    )
     high_pass(None, [expert], [1.0], out=fast)
     monkeypatch.setenv("FREEMERGE_IMPL", "reference")
     high_pass(None, [expert], [1.0], out=slow)

@@ -39,7 +39,10 @@ def test_same_bits_for_any_number_of_threads():
 
 
 def test_an_expert_does_not_depend_on_its_neighbours():
-    base, experts = random_array((60, 150), np.float32, seed=0), [random_array((60, 150), np.float32, seed=t) for t in (1, 2, 3)]
+    base, experts = (
+        random_array((60, 150), np.float32, seed=0),
+        [random_array((60, 150), np.float32, seed=t) for t in (1, 2, 3)],
+    )
     together = high_pass_magnitudes(base, experts)
     np.testing.assert_array_equal(together, [high_pass_magnitudes(base, [expert])[0] for expert in experts])
 
