@@ -64,15 +64,21 @@ def mergekit_recipe(name: str, model: Checkpoints, directory: Path) -> Path:
 
 
 def timed_merge(command: list, name: str, model: Checkpoints, out: Path) -> processes.Run:
-    """Run `command`, check the tensors below `out`, remove them. Raises CommandFailed, WrongResult."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Run `command`, check the tensors below `out`, remove its folder. Raises CommandFailed, WrongResult."""
+    empty_folder(out.parent)
     try:
         run = processes.run(command)
         if problems := list(wrong(name, model, out)):
             raise WrongResult(f"{' '.join(map(str, command))}: {'; '.join(problems)}")
         return run
     finally:
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.parent)
+
+
+def empty_folder(path: Path) -> None:
+    """Whatever an interrupted run left there is gone: results, and work directories beside them."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
 
 
 def wrong(name: str, model: Checkpoints, out: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ import machine
 import processes
 import results
 import synthetic
-from commands import WrongResult, timed_merge
+from commands import WrongResult, empty_folder, timed_merge
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Session:
 
     @property
     def out(self) -> Path:
-        return self.options.data / "out"
+        return self.options.data / "out" / "merged"
 
     def prepare(self, size: float, experts: int) -> synthetic.Checkpoints:
         """The model, made if it is not there, read once so that the page cache is warm."""
@@ -104,12 +104,11 @@ def say(text: str) -> None:
 
 def time_floor(inputs: list[Path], out: Path, *, fsync: bool = False) -> float:
     """Seconds of `cat` of all inputs to nowhere and `cp` of one, as large as the output; and of `sync` of the copy."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    copy = out / "copy.safetensors"
+    empty_folder(out.parent)
+    copy = out.parent / "copy.safetensors"
     commands = [["cat", *inputs], ["cp", "--reflink=never", inputs[0], copy]] + ([["sync", copy]] if fsync else [])
     seconds = sum(processes.run(command).seconds for command in commands)
-    shutil.rmtree(out)
+    shutil.rmtree(out.parent)
     return seconds
 
 
