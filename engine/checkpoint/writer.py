@@ -33,7 +33,7 @@ class ShardWriter:
         self.plan = plan
         self._fsync = fsync
         self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._preallocate()
@@ -61,7 +61,8 @@ class ShardWriter:
     def write_at(self, offset: int, data) -> None:
         """Write a contiguous array or buffer at byte `offset` of the file, the interpreter lock released."""
         flat = as_bytes(data)
-        with disk_errors(self.path, lambda: flat.size):
+        # Linux writes to one file one at a time, and threads that wait for it spin: here they leave their core to others.
+        with self._writing, disk_errors(self.path, lambda: flat.size):
             while flat.size:
                 written = os.pwrite(self._file, flat[:_AT_ONCE], offset)
                 if written == 0:
