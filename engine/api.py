@@ -86,8 +86,8 @@ def merge(
         freemerge.merge("recipe.yml", out="merged")
 
     Args:
-        method_or_recipe: name of a method (`freemerge methods` lists them), or a recipe, a file or YAML text, which names its
-            models itself; `parameters` and `dtype` then go before its own.
+        method_or_recipe: name of a method (`freemerge methods` lists them), or a recipe, a file or YAML text, which
+            names its models itself; `parameters` and `dtype` then go before its own.
         base, experts: directories, files or hub names; experts also as a mapping of names to them.
         out: the directory to write. It appears complete or not at all.
         dtype: of the result's floating tensors; that of the base, tensor by tensor, if not given.
@@ -205,13 +205,14 @@ def merge_state_dicts(
 
     Args:
         method: name of a method.
-        base: name -> NumPy array or CPU torch tensor of any dtype a checkpoint may have; None for a method without a base.
+        base: name -> NumPy array or CPU torch tensor of any dtype a checkpoint may have; None for a method without a
+            base.
         experts: state dicts like `base`, in order, or by name. Nothing given is changed or kept.
         dtype, threads, check_finite, parameters: as for `merge`.
 
     Returns:
-        A dict of new tensors of the kind given, in the order of `base`. For a method that writes experts, `.experts` holds
-        them, each with `.apply(state_dict)`.
+        A dict of new tensors of the kind given, in the order of `base`. For a method that writes experts, `.experts`
+        holds them, each with `.apply(state_dict)`.
 
     Raises:
         InputError: tensors do not fit together; all problems at once.
@@ -267,7 +268,7 @@ def _check_recipe(recipe: Recipe, method: methods.Method, out: Path | None) -> N
 
 
 def _open_all(recipe: Recipe, allow_pickle: bool, stack: ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
-    """The base (the first model, to copy from, where there is none) and the experts; all that cannot be opened in one error."""
+    """The base (without one, the first model, to copy from) and the experts; all that cannot be opened in one error."""
     opened: dict[str, Checkpoint] = {}
     errors = []
     wanted = [model for model in (recipe.base, *(expert.model for expert in recipe.experts)) if model is not None]

@@ -1,4 +1,4 @@
-"""Which tensor of each expert belongs to which tensor of the base; what does not fit is a problem, all of them together."""
+"""Which tensor of each expert belongs to which tensor of the base; what does not fit is said all at once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ class Match:
 
     Args:
         name: of the tensor in the base and in the result.
-        sources: the tensor's name in each expert; another one where that expert ties it, None where the expert is left out.
+        sources: the tensor's name in each expert; another one where that expert ties it, None where the expert is left
+            out.
         same_as: the tensor this one is tied to, if it is: the same bytes are written for both.
     """
 
@@ -31,7 +32,8 @@ class Matcher:
     """Compare headers of a base and its experts; collect `matches`, `problems` and `warnings`.
 
     Args:
-        fit: (name, shape, expert_shape) -> "crop", "skip" or None (a problem), asked about an expert's tensor of another shape.
+        fit: (name, shape, expert_shape) -> "crop", "skip" or None (a problem), asked about an expert's tensor of
+            another shape.
     """
 
     def __init__(self, base, experts: Sequence, *, fit: Callable = never_fits):
@@ -113,7 +115,7 @@ def _file(info) -> str:
 
 
 def _ties(checkpoint) -> dict[str, str]:
-    """Tensors that are one and the same weight: by shared memory, or an output head stored with the bytes of an embedding."""
+    """Tensors that are the same weight: by shared memory, or an output head stored with the bytes of an embedding."""
     ties = dict(checkpoint.tied)
     for name in checkpoint.tensors:
         embedding = _head_of(checkpoint, name)

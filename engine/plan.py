@@ -1,4 +1,4 @@
-"""The plan of a merge: every tensor of the result, where its inputs lie, what happens to it. Made from headers, before a byte is written."""
+"""The plan of a merge: every tensor of the result, its inputs, what happens to it; made from headers alone."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ class TensorTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked merge, ready to run. `base` and `experts` are open checkpoints; `shards` says where every byte of the result goes."""
+    """A checked merge, ready to run: `base` and `experts` are open, `shards` says where every byte goes."""
 
     recipe: Recipe
     method: Method

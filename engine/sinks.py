@@ -2,7 +2,8 @@
 
 A sink has `done` (records of an interrupted run, by tensor) and `records` (those and the new ones), and:
 
-    direct(name)  -> the memory a result belongs in, for the method to write there itself; None where it has to be written
+    direct(name)  -> the memory a result belongs in, for the method to write there itself; None where it has to be
+    written
     map(name)     -> the same for a result too large for a buffer
     write(name, first_element, array);  read(name);  tie(name, other) -> array;  finish(name, record)
 """

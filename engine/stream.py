@@ -22,7 +22,7 @@ MOST_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of elements of one tensor that is merged and written at once; the whole tensor unless its method works by element."""
+    """A run of elements of one tensor, merged and written at once; all of them unless its method works by element."""
 
     task: TensorTask
     start: int
@@ -40,8 +40,8 @@ class Stream:
         plan: what to do.
         sink: where results go (sinks.py); tensors in `sink.done` are skipped.
         extraction: cuts experts out of the finished tensors (experts/extract.py), if the method writes any.
-        max_memory: bytes of anonymous memory to stay under. What a method needs for one tensor is written straight to the
-            mapped output where it does not fit.
+        max_memory: bytes of anonymous memory to stay under. A result that does not fit is written straight
+            to the mapped output.
         check_finite: whether an infinity or NaN in the result is an error.
         progress: called as progress(done_bytes, total_bytes) from any thread.
     """

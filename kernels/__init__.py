@@ -1,4 +1,4 @@
-"""The ops of freemerge, one module each: what it means, a plain NumPy reference, and a look-up of the fastest version here."""
+"""The ops of freemerge, one module each: what it means, a plain NumPy reference, a look-up of the fastest version."""
 
 if (
     __name__ == "kernels"

@@ -1,6 +1,7 @@
 """The C++ versions of the ops, under the names of the ops mostly with the signatures of their references.
 
-Arguments are positional, checked by the ops' front doors. `bounds` and `workspace` are those of kernels/_high_pass_plan.py.
+Arguments are positional, checked by the ops' front doors. `bounds` and `workspace` are those of
+kernels/_high_pass_plan.py.
 """
 
 from collections.abc import Sequence

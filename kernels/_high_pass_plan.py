@@ -1,8 +1,8 @@
-"""What the high-pass mask keeps, found column by column without ever building it, and the form of the filter that suits it.
+"""What the high-pass mask keeps, found column by column without building it, and the form of the filter that suits it.
 
-The mask of METHODS.md section 1.1 depends on the squared distance s = (u - H//2)^2 + (v - W//2)^2 only, and not decreasingly so after
-its float32 roundings: three integers hold all of it (`_thresholds`). For a column v it is then a function of |u - H//2| by three more
-(`column_bounds`), which is all the compiled op needs.
+The mask of METHODS.md section 1.1 depends on the squared distance s = (u - H//2)^2 + (v - W//2)^2 only, and not
+decreasingly so after its float32 roundings: three integers hold all of it (`_thresholds`). For a column v it is then a
+function of |u - H//2| by three more (`column_bounds`), which is all the compiled op needs.
 """
 
 import math
@@ -26,8 +26,8 @@ class HighPassPlan:
     """How a matrix of one shape is filtered.
 
     Attributes:
-        form: "keep" (nothing is removed: no transform), "complement" (subtract the few coefficients removed, by direct sums) or
-            "sweeps" (transform all lines, and across the lines only the columns the mask cuts).
+        form: "keep" (nothing is removed: no transform), "complement" (subtract the few coefficients removed, by direct
+            sums) or "sweeps" (transform all lines, and across the lines only the columns the mask cuts).
         axis: 1 where the lines are rows, 0 where they are columns.
         removed: coefficients of the H x W mask with gain 0.
         doubled: coefficients with gain 2 (inner_ring official).
@@ -57,7 +57,8 @@ class HighPassPlan:
             "complement": f"complement, {self.mixed} columns",
             "sweeps": f"two sweeps over {('columns', 'rows')[self.axis]}, {self.mixed} columns across",
         }[self.form]
-        return f"{share}; {how}; {self.workspace / 2**20:.1f} MiB; {self.nanoseconds / max(self.size, 1):.1f} ns an element"
+        pace = self.nanoseconds / max(self.size, 1)
+        return f"{share}; {how}; {self.workspace / 2**20:.1f} MiB; {pace:.1f} ns an element"
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +107,7 @@ def check_parameters(cutoff: float, radius_from: str, inner_ring: str) -> None:
 
 
 def radii(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom) -> tuple[np.float32, int]:
-    """R and rho of METHODS.md section 1.1: the outer radius as the official code rounds it, and that of the inner ring."""
+    """R and rho of METHODS.md section 1.1: the outer radius, rounded as officially, and that of the inner ring."""
     of = (
         math.sqrt((shape[0] / 2) ** 2 + (shape[1] / 2) ** 2)
         if radius_from == "diagonal"
@@ -141,7 +142,7 @@ def _thresholds(
 def column_bounds(
     shape: tuple[int, int], axis: int, cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing
 ) -> np.ndarray:
-    """[3, length] int32 (inner, below, outer): the gain at (u, v), d = |u - lines//2|, is [d <= inner[v]] + [below[v] < d <= outer[v]].
+    """[3, length] int32 (inner, below, outer): the gain is [d <= inner[v]] + [below[v] < d <= outer[v]] at d = |u - lines//2|.
 
     `v` counts along the lines (axis 1: they are rows), `u` across them. -1 where there is no such d.
     """
@@ -172,7 +173,7 @@ def _counts(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inne
 
 
 def _column_kinds(bounds: np.ndarray, lines: int) -> tuple[int, int, int]:
-    """(columns with gain 1, columns of the half spectrum with more than one gain, columns of the half spectrum with gain 0)."""
+    """Columns with gain 1; of the half spectrum, columns with more than one gain, and columns with gain 0."""
     inner, below, outer = bounds
     length, ring = bounds.shape[1], outer > below
     keep = np.where(ring, (inner == below) & (outer == lines // 2), inner == lines // 2)

@@ -37,8 +37,9 @@ def high_pass(
 
         out = round( base + F( sum_t weights[t] * (experts[t] - base) ) )
 
-    F multiplies the two-dimensional spectrum by a mask that keeps what lies within a radius of the Nyquist corner (H//2, W//2):
-    it keeps high frequencies and removes those near 0. Being linear, it is applied once whatever the number of experts.
+    F multiplies the two-dimensional spectrum by a mask that keeps what lies within a radius of the Nyquist corner
+    (H//2, W//2): it keeps high frequencies and removes those near 0. Being linear, it is applied once whatever the number
+    of experts.
     Differences, sum and transform are float32; one rounding, to the dtype of `out`. A float64 base is added in float64.
 
     Args:
@@ -47,14 +48,16 @@ def high_pass(
         weights: T numbers, no unit; fold the scaling coefficient in.
         cutoff: the radius, as a share of what `radius_from` says. For a square matrix 0.7072 and more removes nothing.
         radius_from: the shorter side, the longer side, or the distance of the corner from frequency 0.
-        inner_ring: "official" doubles the coefficients at distance min(H, W)//10 exactly, as the official code does; "clean" does not.
+        inner_ring: "official" doubles the coefficients at distance min(H, W)//10 exactly, as the official code does;
+            "clean" does not.
         add_base: False leaves the base out of the result.
-        workspace: uint8, of at least `plan_high_pass(...).workspace` bytes; by default taken from buffers kept for the purpose.
+        workspace: uint8, of at least `plan_high_pass(...).workspace` bytes; by default taken from buffers kept for the
+            purpose.
         out: [H, W], any float dtype; may be `base` itself.
 
     Raises:
-        ShapeError: an array differs in shape, has not two dimensions, is not contiguous or not of a float dtype, the workspace is too small,
-            or weights are too few or too many.
+        ShapeError: an array differs in shape, has not two dimensions, is not contiguous or not of a float dtype, the
+            workspace is too small, or weights are too few or too many.
         RecipeError: `cutoff`, `radius_from` or `inner_ring` is not one there is.
 
     Source: FREE-Merging, arXiv:2411.16815; METHODS.md section 1.1.

@@ -31,7 +31,8 @@ def high_pass_magnitudes(
 
         result[t] = sum over elements of |F(experts[t] - base)|
 
-    Differences and transform are float32, the sum is float64, in an order that does not depend on the number of threads.
+    Differences and transform are float32, the sum is float64, in an order that does not depend on the number of
+    threads.
 
     Args:
         base: [H, W], any float dtype, contiguous; None where `experts` are task vectors themselves.

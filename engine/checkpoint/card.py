@@ -47,7 +47,8 @@ def copy_side_files(
 ) -> None:
     """Copy configuration, generation config, tokenizer and chat template into `folder`.
 
-    Where config.json names a dtype, it names `dtype` then, the output's. Tokenizer and chat template are those of `tokenizer`, if given.
+    Where config.json names a dtype, it names `dtype` then, the output's. Tokenizer and chat template are those of
+    `tokenizer`, if given.
     """
     chosen = checkpoint.side_files()
     if tokenizer is not None:

@@ -61,7 +61,8 @@ class ShardWriter:
     def write_at(self, offset: int, data) -> None:
         """Write a contiguous array or buffer at byte `offset` of the file, the interpreter lock released."""
         flat = as_bytes(data)
-        # Linux writes to one file one at a time, and threads that wait for it spin: here they leave their core to others.
+        # Linux writes to one file one at a time, and threads that wait for it spin: here they leave their core to
+        # others.
         with self._writing, disk_errors(self.path, lambda: flat.size):
             while flat.size:
                 written = os.pwrite(self._file, flat[:_AT_ONCE], offset)

@@ -21,7 +21,8 @@ class Extraction:
     Args:
         plan: of a method that writes experts.
         sink: where the backbone goes; it is read back for thresholds that hold for the whole model.
-        open_sidecar: (name of an expert, entries) -> what `write(tensor, rows, start)` and `finish(metadata, scales)` are called on.
+        open_sidecar: (name of an expert, entries) -> what `write(tensor, rows, start)` and `finish(metadata, scales)`
+            are called on.
     """
 
     def __init__(self, plan: Plan, sink, open_sidecar: Callable):
@@ -88,7 +89,7 @@ class Extraction:
         return self._open(self.plan.recipe.experts[t].name, entries)
 
     def _cut(self, task: TensorTask, base, merged, experts, within: Sequence[Selection | None]) -> list[str | None]:
-        """Write the rows of every expert and keep the statistics their scales will come from; answer the rows' checksums."""
+        """Write the rows of every expert, keep the statistics for their scales; answer the rows' checksums."""
         rows: list[SparseRows | None] = [None] * len(experts)
         checksums: list[str | None] = [None] * len(experts)
         for t, expert in enumerate(experts):

@@ -41,7 +41,8 @@ def extract_expert(
         model: a fine-tuned checkpoint with the backbone's tensors.
         name: of the expert; the last part of `model` if not given.
         overwrite: replace an expert of this name.
-        parameters: of free, as far as they are about experts: density, removal, selection, rescale, expert_scaling, include, exclude.
+        parameters: of free, as far as they are about experts: density, removal, selection, rescale, expert_scaling,
+            include, exclude.
 
     Returns:
         The expert's file, merged/experts/<name>.safetensors.

@@ -37,7 +37,7 @@ class MemoryExpert:
         return self._starts[name]
 
     def apply(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The merged model with this expert in it: a new state dict of the kind given; tensors without entries are shared with it."""
+        """The merged model with this expert in it: a new state dict that shares the tensors the expert leaves alone."""
         merged = MemoryCheckpoint(state_dict, "merged model")
         applied = dict(state_dict)
         for name, rows in self.tensors.items():

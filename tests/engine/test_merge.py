@@ -73,7 +73,8 @@ def die(done, total):
     calls += 1
     if calls == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-freemerge.merge("free", sys.argv[2], sys.argv[4:], sys.argv[3], density=0.05, shard_size="60kB", threads=2, progress=die)
+out, options = sys.argv[3], {"density": 0.05, "shard_size": "60kB", "threads": 2}
+freemerge.merge("free", sys.argv[2], sys.argv[4:], out, progress=die, **options)
 """
 
 
@@ -135,7 +136,7 @@ def test_an_input_that_changes_meanwhile_is_an_error(models, tmp_path):
     def touch(done, total):
         os.utime(shard, ns=(1, 1))
 
-    with pytest.raises(ChangedInputError, match="model.safetensors"):
+    with pytest.raises(ChangedInputError, match=r"model[.]safetensors"):
         freemerge.merge("task_arithmetic", base, experts, tmp_path / "out", progress=touch)
     assert not (tmp_path / "out").exists()
 

@@ -131,7 +131,8 @@ def test_elect_in_runs_equals_elect_at_once(monkeypatch, matrices):
 def test_any_shape_and_number_of_experts(shape, given, count):
     base, *experts = (random_array(shape, np.float32, seed) for seed in range(count + 1))
     out = merged(WEIGHT, base, experts, **given)
-    assert out.shape == shape and np.all(np.isfinite(out))
+    assert out.shape == shape
+    assert np.all(np.isfinite(out))
     still = merged(WEIGHT, base, [base] * count, **given)
     # tau = 0: nothing moves, whatever the option
     np.testing.assert_array_equal(still, base)
@@ -161,7 +162,9 @@ def test_the_plan_says_what_happens():
     plan = methods.get("fr").module.plan_tensor
     assert plan(WEIGHT, (64, 64), experts=3, **defaults("fr", exclude=("mlp",))).action == "copy"
     filtering = plan(WEIGHT, (64, 48), experts=3, **defaults("fr"))
-    assert filtering.action == "merge" and filtering.transform and filtering.workspace >= 0
+    assert filtering.action == "merge"
+    assert filtering.transform
+    assert filtering.workspace >= 0
     electing = plan(WEIGHT, (64, 48), experts=3, **defaults("fr", elect=True))
     assert electing.workspace - filtering.workspace == 3 * 64 * 48 * 4
     assert plan(BIAS, (64,), experts=3, **defaults("fr", bias_rule="first")).transform == "first expert, unfiltered"

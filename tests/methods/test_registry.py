@@ -14,8 +14,10 @@ def test_every_method_says_what_it_is():
     assert {"average", "linear", "task_arithmetic"} <= set(methods.names()) == set(summaries)
     for name in methods.names():
         method = methods.get(name)
-        assert method.summary == summaries[name] and method.summary.endswith(".")
-        assert method.scope in ("element", "tensor") and "METHODS.md" in method.source
+        assert method.summary == summaries[name]
+        assert method.summary.endswith(".")
+        assert method.scope in ("element", "tensor")
+        assert "METHODS.md" in method.source
         for parameter in method.parameters.values():
             assert parameter.help, f"{name}: {parameter.name} is not explained in the Args section"
         for variant, presets in method.variants.items():

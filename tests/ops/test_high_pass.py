@@ -17,8 +17,8 @@ from freemerge.testing import FLOATS, poisoned, random_array
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens" / "fr_filter").glob("*.safetensors"))
 BFLOAT16 = FLOATS[3]
 
-# Relative to the largest element of the result. float32 transforms of these lengths err by 1e-7 to 4e-7; the rest is room for another
-# order of operations on another instruction set.
+# Relative to the largest element of the result. float32 transforms of these lengths err by 1e-7 to 4e-7; the rest is
+# room for another order of operations on another instruction set.
 TOLERANCE = 1e-6
 
 SHAPES = [
