@@ -38,8 +38,8 @@ def high_pass(
         out = round( base + F( sum_t weights[t] * (experts[t] - base) ) )
 
     F multiplies the two-dimensional spectrum by a mask that keeps what lies within a radius of the Nyquist corner
-    (H//2, W//2): it keeps high frequencies and removes those near 0. Being linear, it is applied once whatever the number
-    of experts.
+    (H//2, W//2): it keeps high frequencies and removes those near 0. Being linear, it is applied once whatever the
+    number of experts.
     Differences, sum and transform are float32; one rounding, to the dtype of `out`. A float64 base is added in float64.
 
     Args:
