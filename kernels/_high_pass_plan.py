@@ -142,7 +142,7 @@ def _thresholds(
 def column_bounds(
     shape: tuple[int, int], axis: int, cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing
 ) -> np.ndarray:
-    """[3, length] int32 (inner, below, outer): [d <= inner[v]] + [below[v] < d <= outer[v]] is the gain at d = |u - lines//2|.
+    """[3, length] int32 (inner, below, outer). With d = |u - lines//2| the gain is [d <= inner] + [below < d <= outer].
 
     `v` counts along the lines (axis 1: they are rows), `u` across them. -1 where there is no such d.
     """
