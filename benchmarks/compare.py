@@ -118,7 +118,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--settle", type=float, default=4, help="seconds of pause before each measurement (4)")
     parser.add_argument("--mergekit-repeats", type=int, default=1, help="rounds with mergekit in them (default 1)")
     parser.add_argument("--size", type=float, default=1.0, help="of the 1.1 billion parameters (default 1)")
     parser.add_argument("--experts", type=int, default=3)

@@ -5,7 +5,6 @@ import datetime
 import shutil
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,20 +44,10 @@ class Session:
 
     def time_merge(self, what: str, command: list, name: str, model: synthetic.Checkpoints, *, fsync=False) -> None:
         """One repeat of the row `what`: the floor, then `command`, which makes the merge `name` of commands.py."""
-        self.settle()
         floor = time_floor(files(model, name), self.out, fsync=fsync)
-        self.settle()
         if self.attempt(what, lambda: timed_merge(command, name, model, self.out)):
             self.floors[what].append(floor)
             say(f"  {what}: {self.runs[what][-1].seconds:.2f} s, floor {floor:.2f} s")
-
-    def settle(self) -> None:
-        """Let the memory freed last go where it goes.
-
-        A virtual machine may give free pages back to its host after two seconds; whoever writes first then pays for new
-        ones. Without a pause the floor, which is quick, would still find the pages of the output removed just before.
-        """
-        time.sleep(self.options.settle)
 
     def attempt(self, what: str, run: Callable[[], processes.Run]) -> bool:
         """Keep the result of `run()`, or the reason why there is none; what failed is not tried again."""

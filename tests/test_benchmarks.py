@@ -72,7 +72,7 @@ def stand_in(directory, broken=""):
 
 def run(compare, directory, *arguments):
     where = ["--data", str(directory / "data"), "--results", str(directory / "results")]
-    code = compare.main([*where, "--settle", "0", *arguments])
+    code = compare.main([*where, *arguments])
     path = directory / "results" / "compare.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     return code, {row["what"]: row for row in rows}, (directory / "results" / "latest.md").read_text()

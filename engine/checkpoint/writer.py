@@ -22,7 +22,9 @@ from freemerge.sizes import readable_size
 __all__ = ["INDEX", "PIECE", "CheckpointWriter", "PieceChecksum", "ShardWriter", "checksum"]
 
 INDEX = "model.safetensors.index.json"
-_AT_ONCE = 1 << 30  # one call writes at most 2 GiB - 4096 on Linux
+# Bytes of one call. Large ones make the kernel look for large runs of free pages, which are cold: on a virtual machine
+# with Linux 6.18, 2.2 GB went out in 0.55 s by 256 KiB and in 6 s by 4 MiB.
+_AT_ONCE = 256 << 10
 
 
 class ShardWriter:
