@@ -204,7 +204,7 @@ class Stream:
         with self._lock:
             if problem not in self._problems:
                 self._problems.append(problem)
-            self._stop = len(self._problems) >= MOST_PROBLEMS
+            self._stop |= len(self._problems) >= MOST_PROBLEMS
 
 
 class _ReadAhead(threading.Thread):
