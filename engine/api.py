@@ -211,7 +211,7 @@ def merge_state_dicts(
         dtype, threads, check_finite, parameters: as for `merge`.
 
     Returns:
-        A dict of new tensors of the kind given, in the order of `base`. For a method that writes experts, `.experts`
+        A dict of new tensors of the kind given, sorted by name. For a method that writes experts, `.experts`
         holds them, each with `.apply(state_dict)`.
 
     Raises:

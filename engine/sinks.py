@@ -23,7 +23,7 @@ class DiskSink:
     """Into preallocated shards; what is finished is noted in the work directory's journal."""
 
     def __init__(self, work: WorkDir, writer: CheckpointWriter):
-        self._work, self._writer = work, writer
+        self._work = work
         self.map, self.write, self.read = writer.map, writer.write, writer.read
         self.done: dict[str, dict] = {}
         self.records: dict[str, dict] = {}
@@ -36,8 +36,7 @@ class DiskSink:
         self._work.verify_done(
             lambda name, record: checksum(self.read(name)) == record["checksum"] and holds(name, record)
         )
-        self.done = dict(self._work.done)
-        self.records = dict(self._work.done)
+        self.done, self.records = dict(self._work.done), dict(self._work.done)
 
     def direct(self, name: str) -> None:
         return None

@@ -1,5 +1,7 @@
 """freemerge methods: which there are, and what each takes."""
 
+from dataclasses import asdict
+
 import typer
 
 from freemerge.cli.output import print_json, print_table
@@ -39,18 +41,7 @@ def _described(method) -> dict:
         "writes_experts": method.writes_experts,
         "variants": {name: dict(presets) for name, presets in method.variants.items()},
         "aliases": dict(method.aliases),
-        "parameters": [_parameter(parameter) for parameter in method.parameters.values()],
-    }
-
-
-def _parameter(parameter) -> dict:
-    return {
-        "name": parameter.name,
-        "default": parameter.default,
-        "kind": parameter.kind,
-        "per_expert": parameter.per_expert,
-        "choices": list(parameter.choices),
-        "help": parameter.help,
+        "parameters": [asdict(parameter) for parameter in method.parameters.values()],
     }
 
 
