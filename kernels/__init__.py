@@ -13,4 +13,4 @@ else:
             m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_") and m.name not in _NOT_OPS
         )
 
-    _NOT_OPS = {"array", "checks", "dispatch"}
+    _NOT_OPS = {"array", "checks", "cuda", "dispatch", "triton"}

@@ -3,8 +3,8 @@
 import numpy as np
 
 from freemerge.errors import ShapeError
-from freemerge.kernels.array import Array, SparseRows, rows_of, store
-from freemerge.kernels.checks import check_count, check_float, check_like
+from freemerge.kernels.array import Array, SparseRows, dtype_of, is_tensor, rows_of, store
+from freemerge.kernels.checks import check_count, check_float, check_like, check_place
 from freemerge.kernels.dispatch import implementation
 
 
@@ -31,7 +31,8 @@ def apply_sparse_rows(array: Array, rows: SparseRows, scale: float, *, start: Ar
     Source: METHODS.md sections 1.4 to 1.6.
     """
     check_like("array", array, out=out)
-    _check_rows(rows, array.shape)
+    _check_rows(rows, tuple(array.shape))
+    check_place("array", array, "rows", rows.values)
     if start is not None:
         check_float("start", start)
         check_count("start values", start, rows.count, "entries")
@@ -43,10 +44,12 @@ def _check_rows(rows: SparseRows, shape: tuple[int, ...]) -> None:
     if tuple(rows.shape) != shape:
         raise ShapeError(f"sparse rows of {list(rows.shape)} for an array of {list(shape)}")
     height, width = rows_of(shape)
-    found = (rows.offsets.dtype, rows.values.dtype, rows.columns.dtype)
+    found = tuple(map(dtype_of, (rows.offsets, rows.values, rows.columns)))
     if found[:2] != (np.int64, np.float32) or found[2] not in (np.uint16, np.uint32):
         names = "{} offsets, {} values and {} columns".format(*found)
         raise ShapeError(f"sparse rows have {names}, not int64, float32 and uint16 or uint32")
+    if is_tensor(rows.values):
+        return  # from sparse_rows, or from a file checked on the host: looking here would wait for the GPU
     ends = (int(rows.offsets[0]), int(rows.offsets[-1])) if len(rows.offsets) == height + 1 else None
     if ends != (0, rows.count) or len(rows.columns) != rows.count or np.any(np.diff(rows.offsets) < 0):
         raise ShapeError(f"offsets of sparse rows do not lead through their {rows.count} entries in {height} rows")

@@ -1,13 +1,14 @@
-"""What an array is: a NumPy array on the CPU, its float dtypes, and conversions every reference shares."""
+"""What an array is: a NumPy array on the CPU, a torch tensor on a GPU; float dtypes, and conversions ops share."""
 
 import math
+import sys
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
-Array: TypeAlias = np.ndarray
+Array: TypeAlias = Any  # np.ndarray or torch.Tensor; torch is imported by whoever makes a tensor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8_E4M3FN = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -19,13 +20,52 @@ def is_float(dtype: np.dtype) -> bool:
     return np.dtype(dtype) in FLOATS
 
 
+def is_tensor(array: Array) -> bool:
+    """Whether it is a torch tensor; else it is a NumPy array."""
+    return not isinstance(array, np.ndarray)
+
+
+def dtype_of(array: Array) -> np.dtype:
+    """Its dtype as NumPy knows it."""
+    if isinstance(array, np.ndarray):
+        return array.dtype
+    name = str(array.dtype).removeprefix("torch.")
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def torch_dtype(dtype: np.dtype):
+    """The torch dtype of the same name."""
+    return getattr(sys.modules["torch"], np.dtype(dtype).name)
+
+
+def numel(array: Array) -> int:
+    return array.size if isinstance(array, np.ndarray) else array.numel()
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype, like: Array) -> Array:
+    """A new array, not filled, of the kind and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    return sys.modules["torch"].empty(shape, dtype=torch_dtype(dtype), device=like.device)
+
+
 def task_vector(base: Array | None, expert: Array) -> Array:
     """Expert minus base as float32; formed in float64 first where either is float64. Without base: the expert."""
+    if is_tensor(expert):
+        return _tensor_task_vector(base, expert)
     if base is None:
         with np.errstate(over="ignore"):
             return expert.astype(np.float32)
     wide = np.float64 if np.float64 in (base.dtype, expert.dtype) else np.float32
     return (expert.astype(wide) - base.astype(wide)).astype(np.float32)
+
+
+def _tensor_task_vector(base: Array | None, expert: Array) -> Array:
+    torch = sys.modules["torch"]
+    if base is None:
+        return expert.to(torch.float32)
+    wide = torch.float64 if torch.float64 in (base.dtype, expert.dtype) else torch.float32
+    return (expert.to(wide) - base.to(wide)).to(torch.float32)
 
 
 def magnitude(base: Array | None, expert: Array) -> Array:
@@ -53,6 +93,8 @@ class SparseRows:
         columns: uint16 [n] where rows are at most 65536 long, else uint32.
         values: float32 [n]; explicit zeros are allowed.
         shape: of the array the entries belong to; rows are slices along its last dimension.
+
+    The three arrays are of one kind: NumPy arrays, or torch tensors on one device.
     """
 
     offsets: Array
@@ -64,8 +106,31 @@ class SparseRows:
     def count(self) -> int:
         return len(self.values)
 
+    def sum_abs(self) -> float:
+        """The sum of the magnitudes of all entries, added in float64."""
+        if is_tensor(self.values):
+            return float(self.values.abs().sum(dtype=sys.modules["torch"].float64))
+        return float(np.abs(self.values).sum(dtype=np.float64))
+
+    def gather(self, array: Array) -> Array:
+        """[n]: what `array`, of `shape` and of the same kind, holds at each entry."""
+        rows, width = rows_of(self.shape)
+        if is_tensor(array):
+            torch = sys.modules["torch"]
+            row = torch.repeat_interleave(torch.arange(rows, device=array.device), self.offsets.diff())
+            return array.reshape(-1)[row * width + self.columns.to(torch.int64)]
+        return array.reshape(-1)[np.repeat(np.arange(rows), np.diff(self.offsets)) * width + self.columns]
+
+    def on_host(self) -> "SparseRows":
+        """The same in NumPy arrays."""
+        if not is_tensor(self.values):
+            return self
+        return SparseRows(*(a.cpu().numpy() for a in (self.offsets, self.columns, self.values)), self.shape)
+
     def to_dense(self) -> Array:
-        """The array of `shape`, float32, zero wherever there is no entry."""
+        """The array of `shape`, float32, zero wherever there is no entry; in NumPy."""
+        if is_tensor(self.values):
+            return self.on_host().to_dense()
         rows, width = rows_of(self.shape)
         dense = np.zeros((rows, width), np.float32)
         dense[np.repeat(np.arange(rows), np.diff(self.offsets)), self.columns] = self.values

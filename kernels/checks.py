@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from freemerge.errors import ShapeError
-from freemerge.kernels.array import Array, is_float
+from freemerge.kernels.array import Array, dtype_of, is_float, is_tensor
 
 
 def check_float(name: str, array: Array) -> None:
-    if not is_float(array.dtype):
+    if not is_float(dtype_of(array)):
         raise ShapeError(f"{name} is {array.dtype}, not a float type")
-    if not array.flags.c_contiguous:
+    if is_tensor(array):
+        if not array.is_contiguous():
+            raise ShapeError(f"{name} is not contiguous; pass {name}.contiguous()")
+    elif not array.flags.c_contiguous:
         raise ShapeError(f"{name} is not contiguous; pass numpy.ascontiguousarray({name})")
 
 
@@ -19,12 +20,20 @@ def check_like(name: str, array: Array, **others: Array | Sequence[Array]) -> No
     """`array` is a contiguous float array, and each of `others` (arrays, sequences of arrays) one of its shape."""
     check_float(name, array)
     for other_name, value in others.items():
-        alone = isinstance(value, np.ndarray)
+        alone = not isinstance(value, list | tuple)
         for i, other in enumerate([value] if alone else value):
             label = other_name if alone else f"{other_name}[{i}]"
             check_float(label, other)
             if other.shape != array.shape:
                 raise ShapeError(f"{label} is {list(other.shape)}, {name} is {list(array.shape)}")
+            check_place(name, array, label, other)
+
+
+def check_place(name: str, array: Array, label: str, other: Array) -> None:
+    """Both are NumPy arrays, or tensors on one device."""
+    places = [str(a.device) if is_tensor(a) else "a NumPy array" for a in (array, other)]
+    if places[0] != places[1]:
+        raise ShapeError(f"{label} is on another device: {places[1]}, where {name} is {places[0]}")
 
 
 def check_against(base: Array | None, experts: Sequence[Array]) -> None:

@@ -24,7 +24,7 @@ def count_magnitudes(base: Array | None, expert: Array, value: float) -> tuple[i
     """
     check_pair(base, expert)
     check_magnitude(value)
-    run = implementation("count_magnitudes", base) or count_magnitudes_reference
+    run = implementation("count_magnitudes", expert) or count_magnitudes_reference
     return run(base, expert, value)
 
 

@@ -1,10 +1,14 @@
 """Which version of an op runs here: a look-up by name that tells the truth."""
 
+import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
+from functools import cache
 
 from freemerge.errors import UnavailableError
-from freemerge.kernels.array import Array
+from freemerge.kernels.array import Array, is_tensor
 
 try:
     from freemerge.kernels import _cpu
@@ -15,23 +19,73 @@ except (
 else:
     missing = None
 
+GPU_FOLDERS = ("triton", "cuda")  # an op lies in one of them
+
 
 def implementation(op: str, array: Array) -> Callable | None:
     """The fastest version of `op` for arrays like this one, or None where the op has to run its reference.
 
-    FREEMERGE_IMPL=reference asks for None everywhere, FREEMERGE_IMPL=cpu for the compiled version or an error.
+    A NumPy array (or None) has the compiled version or the reference; FREEMERGE_IMPL=reference asks for the latter,
+    FREEMERGE_IMPL=cpu for the compiled version or an error. A CUDA tensor has the GPU version of the op.
+
+    Raises:
+        UnavailableError: what is asked for, or what the array needs, is not here.
     """
     wish = os.environ.get("FREEMERGE_IMPL", "auto")
+    if wish not in ("auto", "cpu", "reference"):
+        raise UnavailableError(f"FREEMERGE_IMPL={wish}: there is auto, cpu and reference")
+    if array is not None and is_tensor(array):
+        return _for_tensor(op, array, wish)
     if wish == "reference":
         return None
-    if wish not in ("auto", "cpu"):
-        raise UnavailableError(f"FREEMERGE_IMPL={wish}: there is auto, cpu and reference")
     found = getattr(_cpu, op, None)
     if found is None and wish == "cpu":
         raise UnavailableError(
             f"FREEMERGE_IMPL=cpu: {op} has no compiled version here ({missing or 'not written yet'})"
         )
     return found
+
+
+def gpu_tool(op: str) -> str:
+    """What the GPU version of `op` is written in: "triton" or "cuda". Imports neither."""
+    for folder in GPU_FOLDERS:
+        if importlib.util.find_spec(f"freemerge.kernels.{folder}.{op}"):
+            return folder
+    raise UnavailableError(f"{op} has no GPU version; pass NumPy arrays")
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the GPU versions, on CPU tensors: for tests on machines without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _for_tensor(op: str, tensor: Array, wish: str) -> Callable:
+    if wish != "auto":
+        raise UnavailableError(f"FREEMERGE_IMPL={wish}: {op} was given a tensor on {tensor.device}; pass NumPy arrays")
+    if interpreted():
+        return gpu_version(op)
+    if tensor.device.type != "cuda":
+        raise UnavailableError(f"{op} was given a tensor on {tensor.device}; pass NumPy arrays or CUDA tensors")
+    run = gpu_version(op)
+
+    def on_its_device(*args):
+        with sys.modules["torch"].cuda.device(tensor.device):
+            return run(*args)
+
+    return on_its_device
+
+
+@cache
+def gpu_version(op: str) -> Callable:
+    """The GPU version of `op`, imported.
+
+    Raises:
+        UnavailableError: a package it needs is not installed, or does not load.
+    """
+    try:
+        return getattr(importlib.import_module(f"freemerge.kernels.{gpu_tool(op)}.{op}"), op)
+    except ImportError as error:
+        raise UnavailableError(f"{op} on a GPU: {error}; pip install 'freemerge[gpu]'") from error
 
 
 def set_threads(count: int) -> None:

@@ -14,7 +14,7 @@ from freemerge.kernels._high_pass_plan import (
     plan_high_pass,
     radii,
 )
-from freemerge.kernels.array import Array, store, task_vector
+from freemerge.kernels.array import Array, is_tensor, store, task_vector
 from freemerge.kernels.checks import check_count, check_like
 from freemerge.kernels.dispatch import implementation
 
@@ -52,7 +52,7 @@ def high_pass(
             "clean" does not.
         add_base: False leaves the base out of the result.
         workspace: uint8, of at least `plan_high_pass(...).workspace` bytes; by default taken from buffers kept for the
-            purpose.
+            purpose. Not looked at on a GPU, where torch keeps the buffers.
         out: [H, W], any float dtype; may be `base` itself.
 
     Raises:
@@ -66,8 +66,8 @@ def high_pass(
     check_count("weights", weights, len(experts), "experts")
     check_parameters(cutoff, radius_from, inner_ring)
     run = implementation("high_pass", out)
-    if run is None:
-        high_pass_reference(base, experts, weights, cutoff, radius_from, inner_ring, add_base, out)
+    if run is None or is_tensor(out):
+        (run or high_pass_reference)(base, experts, weights, cutoff, radius_from, inner_ring, add_base, out)
     else:
         plan = plan_high_pass(out.shape, cutoff=cutoff, radius_from=radius_from, inner_ring=inner_ring)
         check_workspace(workspace, plan)

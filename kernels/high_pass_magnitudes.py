@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from freemerge.kernels.array import Array, task_vector
+from freemerge.kernels.array import Array, is_tensor, task_vector
 from freemerge.kernels.dispatch import implementation
 from freemerge.kernels.high_pass import (
     InnerRing,
@@ -52,8 +52,8 @@ def high_pass_magnitudes(
         return np.zeros(0)
     check_matrices(experts[0], base, experts)
     run = implementation("high_pass_magnitudes", experts[0])
-    if run is None:
-        return high_pass_magnitudes_reference(base, experts, cutoff, radius_from, inner_ring)
+    if run is None or is_tensor(experts[0]):
+        return (run or high_pass_magnitudes_reference)(base, experts, cutoff, radius_from, inner_ring)
     plan = plan_high_pass(experts[0].shape, cutoff=cutoff, radius_from=radius_from, inner_ring=inner_ring)
     check_workspace(workspace, plan)
     bounds = column_bounds(experts[0].shape, plan.axis, cutoff, radius_from, inner_ring)

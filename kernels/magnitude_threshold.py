@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from freemerge.errors import ShapeError
-from freemerge.kernels.array import Array, magnitude, rows_of
+from freemerge.kernels.array import Array, magnitude, numel, rows_of
 from freemerge.kernels.checks import check_count, check_pair
 from freemerge.kernels.dispatch import implementation
 
@@ -49,8 +49,8 @@ def magnitude_threshold(
         check_count("arrays", experts, 1, "row scope")
         check_rank("rank", rank, rows_of(experts[0].shape)[1], "a row")
     else:
-        check_rank("rank", rank, sum(expert.size for expert in experts), "all arrays")
-    run = implementation("magnitude_threshold", bases) or magnitude_threshold_reference
+        check_rank("rank", rank, sum(map(numel, experts)), "all arrays")
+    run = implementation("magnitude_threshold", experts[0] if experts else None) or magnitude_threshold_reference
     return Threshold(*run(bases, experts, rank, scope))
 
 

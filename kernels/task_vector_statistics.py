@@ -40,7 +40,7 @@ def task_vector_statistics(base: Array | None, experts: Sequence[Array]) -> Task
     Source: METHODS.md sections 1.3, 1.4 and 1.6.
     """
     check_against(base, experts)
-    run = implementation("task_vector_statistics", base) or task_vector_statistics_reference
+    run = implementation("task_vector_statistics", experts[0] if experts else base) or task_vector_statistics_reference
     return TaskVectorStatistics(*run(base, experts).T)
 
 

@@ -17,6 +17,7 @@ LAYERS = [
     ["errors", "sizes"],
     ["kernels.array", "kernels.checks", "kernels.dispatch", "kernels"],
     [f"kernels.{op}" for op in OPS],
+    ["kernels.triton", "kernels.cuda"],
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["schema", "recipe", "settings"],

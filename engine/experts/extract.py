@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from freemerge.checkpoint.manifest import backbone_fingerprint
 from freemerge.experts.sidecar import SparseEntry
-from freemerge.kernels.array import Array, SparseRows, rows_of
+from freemerge.kernels.array import Array, SparseRows
 from freemerge.kernels.sparse_rows import Selection
 from freemerge.plan import Plan, TensorTask
 
@@ -98,7 +96,7 @@ class Extraction:
             rows[t] = self._hooks.extract_expert(
                 base, merged, expert, name=task.name, within=within[t], **task.settings
             )
-            start = _entries_of(base, rows[t]) if self._mode == "replace" else None
+            start = rows[t].gather(base) if self._mode == "replace" else None
             checksums[t] = self._sidecars[t].write(task.name, rows[t], start)
         self._statistics[task.name] = self._hooks.measure_tensor(
             base, merged, experts, rows, name=task.name, **task.settings
@@ -125,10 +123,3 @@ class Extraction:
         experts = [self.plan.read_experts(task)[t] for task in tasks]
         found = self._hooks.select_over_model(bases, merged, experts, **self._settings)
         return dict(zip((task.name for task in tasks), found, strict=True))
-
-
-def _entries_of(base: Array, rows: SparseRows) -> Array:
-    """The base's weights at the entries of `rows`."""
-    count, width = rows_of(rows.shape)
-    row = np.repeat(np.arange(count), np.diff(rows.offsets))
-    return base.reshape(-1)[row * width + rows.columns]

@@ -8,7 +8,7 @@ import numpy as np
 
 from freemerge.kernels.add_elected import add_elected
 from freemerge.kernels.add_task_vectors import add_task_vectors
-from freemerge.kernels.array import Array, task_vector
+from freemerge.kernels.array import Array, empty, numel, task_vector
 from freemerge.kernels.high_pass import high_pass, plan_high_pass
 from freemerge.kernels.high_pass_magnitudes import high_pass_magnitudes
 from freemerge.kernels.task_vector_statistics import task_vector_statistics
@@ -82,26 +82,26 @@ class Backbone:
     def plan(self, name: str, shape: tuple[int, ...], experts: int) -> TensorPlan:
         if self.copies(name, shape):
             return TensorPlan("copy")
-        numel = int(np.prod(shape, dtype=np.int64))
-        addition = ADDITION * numel * (experts + 1)
+        size = int(np.prod(shape, dtype=np.int64))
+        addition = ADDITION * size * (experts + 1)
         if not self.filters(name, shape):
             count = "first expert" if self.bias_rule == "first" else "sum"
-            workspace = 4 * experts * min(numel, ELECTED_RUN) if self.elect else 0
+            workspace = 4 * experts * min(size, ELECTED_RUN) if self.elect else 0
             return TensorPlan("merge", f"{count}, unfiltered", workspace, addition * (2 if self.align else 1))
         transform = plan_high_pass(shape, **self._mask)
-        workspace = transform.workspace + (4 * experts * numel if self.elect else 0)
+        workspace = transform.workspace + (4 * experts * size if self.elect else 0)
         transforms = (experts if self.elect else 1) + (experts if self.align else 0)
         return TensorPlan("merge", transform.describe(), workspace, transforms * transform.nanoseconds)
 
     def magnitudes(self, base: Array, experts: Sequence[Array], filtered: bool) -> list[float]:
         """Mean magnitude of each task vector, of the filtered one where it is filtered; 0 for an empty tensor."""
-        if base.size == 0:
+        if numel(base) == 0:
             return [0.0] * len(experts)
         if filtered:
             sums = high_pass_magnitudes(base, experts, **self._mask)
         else:
             sums = task_vector_statistics(base, experts).sum_abs
-        return [float(total) / base.size for total in sums]
+        return [float(total) / numel(base) for total in sums]
 
     @property
     def _mask(self) -> dict[str, Any]:
@@ -112,15 +112,15 @@ class Backbone:
     ) -> Iterator[tuple[slice, list[Array]]]:
         # runs of the flattened tensor with their float32, aligned task vectors; a filtered tensor is one run
         if filtered:
-            vectors = [np.empty(base.shape, np.float32) for _ in experts]
+            vectors = [empty(base.shape, np.dtype(np.float32), base) for _ in experts]
             for expert, ratio, vector in zip(experts, ratios, vectors, strict=True):
                 high_pass(base, [expert], [ratio], **self._mask, add_base=False, out=vector)
-            yield slice(0, base.size), [vector.reshape(-1) for vector in vectors]
+            yield slice(0, numel(base)), [vector.reshape(-1) for vector in vectors]
             return
         flat, pairs = base.reshape(-1), [*zip(experts, ratios, strict=True)]
-        for begin in range(0, base.size, ELECTED_RUN):
-            run = slice(begin, min(begin + ELECTED_RUN, base.size))
-            yield run, [task_vector(flat[run], expert.reshape(-1)[run]) * np.float32(ratio) for expert, ratio in pairs]
+        for begin in range(0, numel(base), ELECTED_RUN):
+            run = slice(begin, min(begin + ELECTED_RUN, numel(base)))
+            yield run, [task_vector(flat[run], expert.reshape(-1)[run]) * float(ratio) for expert, ratio in pairs]
 
 
 def align_ratios(magnitudes: Sequence[float]) -> list[float]:

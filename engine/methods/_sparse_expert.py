@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from freemerge.errors import RecipeError
-from freemerge.kernels.array import Array, SparseRows, rows_of
+from freemerge.kernels.array import Array, SparseRows, numel, rows_of
 from freemerge.kernels.count_magnitudes import allot_ties, count_magnitudes
 from freemerge.kernels.magnitude_threshold import magnitude_threshold
 from freemerge.kernels.sparse_rows import Selection, sparse_rows
@@ -65,7 +63,7 @@ class SparseExpert:
 
     def select(self, references: Sequence[Array], experts: Sequence[Array]) -> list[tuple[Selection, int]]:
         """The thresholds of one expert over all its tensors; for each its share of the ties, and how many it keeps."""
-        first, last = self.ranks_of(sum(expert.size for expert in experts))
+        first, last = self.ranks_of(sum(map(numel, experts)))
         lower, lowest, kept = _threshold(references, experts, last)
         upper, highest, removed = _threshold(references, experts, first)
         counts = [keep - remove for keep, remove in zip(kept, removed, strict=True)]
@@ -90,7 +88,7 @@ class SparseExpert:
         if self.rescale == "weighted" and backbone.covers(name):
             residuals = task_vector_statistics(reference, arrays).sum_abs
             for t, residual in zip(present, residuals, strict=True):
-                result[t] = self._statistics(_sum_abs(rows[t]), float(residual), base.size)
+                result[t] = self._statistics(_sum_abs(rows[t]), float(residual), numel(base))
         elif self.rescale == "official":
             # every floating tensor of the checkpoint counts, merged or not, once whatever its size
             magnitudes = backbone.magnitudes(base, arrays, backbone.filters(name, base.shape))
@@ -101,7 +99,7 @@ class SparseExpert:
                 held = rows[t]
                 if held is None and not backbone.covers(name) and self.selection != "model":
                     held = self.extract(reference, experts[t], None)
-                result[t] = self._statistics(_sum_abs(held) / max(base.size, 1), magnitude, 1)
+                result[t] = self._statistics(_sum_abs(held) / max(numel(base), 1), magnitude, 1)
         return result
 
     def _statistics(self, selected: float, whole: float, elements: int) -> dict[str, float]:
@@ -137,4 +135,4 @@ def _threshold(references: Sequence[Array], experts: Sequence[Array], rank: int)
 
 
 def _sum_abs(rows: SparseRows | None) -> float:
-    return float(np.abs(rows.values).sum(dtype=np.float64)) if rows is not None else 0.0
+    return rows.sum_abs() if rows is not None else 0.0
