@@ -12,12 +12,14 @@ from freemerge.kernels.array import FLOATS, Array, store
 
 __all__ = [
     "FLOATS",
+    "from_gpu",
     "poisoned",
     "random_array",
     "tiny_llama",
     "tiny_llama_config",
     "tiny_vit",
     "tiny_vit_config",
+    "to_gpu",
     "versions",
     "write_checkpoint",
     "write_safetensors",
@@ -35,6 +37,22 @@ def random_array(shape, dtype, seed: int, scale: float = 1.0) -> Array:
 def poisoned(shape, dtype) -> Array:
     """An array of NaN: an element nobody wrote cannot pass for a result."""
     return np.full(shape, np.nan, dtype)
+
+
+def to_gpu(array: Array):
+    """A copy as a torch tensor: on the GPU where there is one, else on the CPU, for Triton's interpreter."""
+    import torch
+
+    from freemerge.checkpoint.torch_arrays import to_torch
+
+    return to_torch(array.copy()).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def from_gpu(tensor) -> Array:
+    """A tensor's elements as a NumPy array."""
+    from freemerge.checkpoint.torch_arrays import from_torch
+
+    return from_torch(tensor.cpu())
 
 
 def versions(op: str) -> list[str]:
