@@ -13,6 +13,7 @@ from freemerge.kernels.array import FLOATS, Array, store
 __all__ = [
     "FLOATS",
     "from_gpu",
+    "interpret_triton",
     "poisoned",
     "random_array",
     "tiny_llama",
@@ -37,6 +38,21 @@ def random_array(shape, dtype, seed: int, scale: float = 1.0) -> Array:
 def poisoned(shape, dtype) -> Array:
     """An array of NaN: an element nobody wrote cannot pass for a result."""
     return np.full(shape, np.nan, dtype)
+
+
+def interpret_triton() -> None:
+    """Let Triton's interpreter run the kernels of kernels/triton on CPU tensors; call it before they are imported."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        # Triton 3.6 makes an index of an array of one element, which NumPy 2.4 refuses
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
 
 
 def to_gpu(array: Array):
