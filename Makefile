@@ -4,7 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard setup.py csrc/*/*.cpp csrc/*/*/*.h bindings/*)
 
-.PHONY: build test demo bench check clean
+# Packages a machine without a network may lack, as wheels; `make gpu` installs what lies here.
+WHEELS := $(wildcard .whl/*.whl)
+
+.PHONY: build test demo bench gpu check clean
 
 build: $(VENV)/built
 
@@ -29,6 +32,14 @@ demo: build
 bench: build
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/ops.json
+
+# On a machine with a GPU: nothing is fetched, $(PYTHON) has torch, triton, cupy and pybind11 already.
+gpu:
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation $(WHEELS) -e .
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m freemerge info
+	$(PYTHON) -P -m pytest -q -W default tests/gpu tests/engine/test_devices.py tests/engine/test_session.py
+	$(PYTHON) benchmarks/gpu.py
 
 check: build
 	$(BIN)/ruff format --check .
