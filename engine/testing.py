@@ -41,8 +41,8 @@ def poisoned(shape, dtype) -> Array:
 
 
 def interpret_triton() -> None:
-    """Let Triton's interpreter run the kernels of kernels/triton on CPU tensors; call it before they are imported."""
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    """Let Triton's interpreter run the kernels of kernels/triton on CPU tensors; call it before Triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, Triton's own ones too
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
