@@ -33,13 +33,14 @@ class Matcher:
 
     Args:
         fit: (name, shape, expert_shape) -> "crop", "skip" or None (a problem), asked about an expert's tensor of
-            another shape.
+            another shape. `asked_fit` says whether it was; if not, the matches hold with any other fit as well.
     """
 
     def __init__(self, base, experts: Sequence, *, fit: Callable = never_fits):
         self.base, self.experts, self.fit = base, list(experts), fit
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.asked_fit = False
         self._ties = [_ties(checkpoint) for checkpoint in self.experts]
         base_ties = _ties(base)
         self._base_ties = {} if _says_untied(base) else base_ties
@@ -81,6 +82,7 @@ class Matcher:
             return False
         if ours.shape == theirs.shape or not is_float(ours.dtype):
             return True
+        self.asked_fit = True
         fit = self.fit(name, ours.shape, theirs.shape)
         if fit is None:
             where = f"{self._label(index)}{_file(theirs)}"

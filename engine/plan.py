@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from freemerge import __version__
 from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
 from freemerge.errors import PlanError, listed
+from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.array import Array, is_float
 from freemerge.match import Match, Matcher, never_fits
 from freemerge.methods import Method, TensorPlan
@@ -42,7 +45,7 @@ class TensorTask:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +94,22 @@ class Plan:
         sources = zip(self.experts, task.match.sources, strict=True)
         return [None if source is None else _cropped(expert.read(source), task.shape) for expert, source in sources]
 
+    def merge(self, task: TensorTask, base: Array, experts: Sequence[Array | None], out: Array) -> None:
+        """Write a tensor of the result, or the same run of elements of each array where the method's scope allows it.
+
+        Args:
+            base: the base's tensor, or a run of it.
+            experts: the tensor of each expert, None for one that is left out of it; not looked at where it is copied.
+            out: of the task's dtype.
+        """
+        if task.settings is not None:
+            used = base if self.method.uses_base else None
+            self.method.module.merge_tensor(used, experts, name=task.name, **task.settings, out=out)
+        elif is_float(task.dtype):
+            add_task_vectors(base, [], [], out=out)
+        else:
+            out[...] = base
+
     @property
     def fingerprint(self) -> str:
         """Changes with anything that could change a byte of the result."""
@@ -131,43 +150,81 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_size: int) -> Plan:
-    """Check that recipe and checkpoints fit together and lay the result out.
+def make_plan(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_size: int | None) -> Plan:
+    """The plan of one merge; see `Planner.plan`.
 
     Args:
-        recipe: what is asked for.
-        method: the method it names.
         base: the open base; for a method without one, any of the models, to copy from.
         experts: open experts in the recipe's order.
-        shard_size: bytes a shard of the result may have.
-
-    Raises:
-        RecipeError: recipe and method do not agree.
-        PlanError: checkpoints do not fit together; with every problem found.
     """
-    insist_on(recipe, method)
-    matcher = Matcher(base, experts, fit=_fit(recipe, method))
-    if matcher.problems:
-        raise PlanError(listed(matcher.problems, REMEDY))
-    positions = layer_positions(list(base.tensors))
-    tasks = [_task(recipe, method, base, match, positions.get(match.name)) for match in matcher.matches]
-    shards = plan_shards([Entry(task.name, task.dtype, task.shape) for task in tasks], shard_size)
-    order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
-    tasks.sort(key=lambda task: order[task.name])
-    return Plan(recipe, method, base, list(experts), tasks, shards, matcher.warnings)
+    return Planner(base, experts).plan(recipe, method, shard_size=shard_size)
 
 
-def _task(recipe: Recipe, method: Method, base, match: Match, position: float | None) -> TensorTask:
-    info = base.tensors[match.name]
-    wanted = recipe.out_dtype or recipe.dtype
-    if not is_float(info.dtype):
-        return TensorTask(match.name, info.shape, info.dtype, match, None, "copy")
-    dtype = np.dtype(info.dtype if wanted is None else wanted)
-    if not any(match.sources):
-        return TensorTask(match.name, info.shape, dtype, match, None, "copy: no expert takes part")
-    chosen = settings(recipe, method, match.name, position)
-    plan = _plan_tensor(method)(match.name, info.shape, experts=len(match.sources), **chosen)
-    return TensorTask(match.name, info.shape, dtype, match, chosen, plan.transform, plan.workspace)
+class Planner:
+    """Plans one merge of the same checkpoints after another; what no recipe can change is worked out once."""
+
+    def __init__(self, base, experts: Sequence):
+        self.base, self.experts = base, list(experts)
+        self._positions = layer_positions(base.tensors)
+        self._settled: Matcher | None = None  # one that holds for every recipe
+
+    def plan(
+        self,
+        recipe: Recipe,
+        method: Method,
+        *,
+        shard_size: int | None = None,
+        dtypes: Mapping[str, np.dtype] | None = None,
+    ) -> Plan:
+        """Check that recipe and checkpoints fit together and lay the result out.
+
+        Args:
+            recipe: what is asked for.
+            method: the method it names.
+            shard_size: bytes a shard of the result may have; None for a result that is not written to files.
+            dtypes: of the result's floating tensors, by name, where not the recipe decides.
+
+        Raises:
+            RecipeError: recipe and method do not agree.
+            PlanError: checkpoints do not fit together; with every problem found.
+        """
+        insist_on(recipe, method)
+        matcher = self._matcher(recipe, method)
+        if matcher.problems:
+            raise PlanError(listed(matcher.problems, REMEDY))
+        tasks = self._tasks(recipe, method, matcher.matches, dtypes)
+        shards = [] if shard_size is None else plan_shards([Entry(t.name, t.dtype, t.shape) for t in tasks], shard_size)
+        order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
+        tasks.sort(key=lambda task: order.get(task.name, 0))
+        return Plan(recipe, method, self.base, self.experts, tasks, shards, matcher.warnings)
+
+    def _matcher(self, recipe: Recipe, method: Method) -> Matcher:
+        if self._settled is not None:
+            return self._settled
+        matcher = Matcher(self.base, self.experts, fit=_fit(recipe, method))
+        if not matcher.asked_fit:
+            self._settled = matcher
+        return matcher
+
+    def _tasks(
+        self, recipe: Recipe, method: Method, matches: list[Match], dtypes: Mapping[str, np.dtype] | None
+    ) -> list[TensorTask]:
+        wanted = recipe.out_dtype or recipe.dtype
+        plan_tensor = getattr(method.module, "plan_tensor", None) or partial(_plan_plainly, method.name)
+        tasks = []
+        for match in matches:
+            name, info = match.name, self.base.tensors[match.name]
+            if not is_float(info.dtype):
+                tasks.append(TensorTask(name, info.shape, info.dtype, match, None, "copy"))
+                continue
+            dtype = dtypes[name] if dtypes and name in dtypes else info.dtype if wanted is None else wanted
+            if not any(match.sources):
+                tasks.append(TensorTask(name, info.shape, dtype, match, None, "copy: no expert takes part"))
+                continue
+            chosen = settings(recipe, method, name, self._positions[name])
+            planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen)
+            tasks.append(TensorTask(name, info.shape, dtype, match, chosen, planned.transform, planned.workspace))
+        return tasks
 
 
 def _fit(recipe: Recipe, method: Method):
@@ -178,10 +235,9 @@ def _fit(recipe: Recipe, method: Method):
     return lambda name, shape, expert_shape: hook(name, shape, expert_shape, **settings(recipe, method, name, None))
 
 
-def _plan_tensor(method: Method):
-    return getattr(
-        method.module, "plan_tensor", lambda name, shape, *, experts, **parameters: TensorPlan("merge", method.name)
-    )
+def _plan_plainly(transform: str, name: str, shape: tuple[int, ...], **_) -> TensorPlan:
+    """For a method without a plan_tensor of its own."""
+    return TensorPlan("merge", transform)
 
 
 def _cropped(expert: Array, shape: tuple[int, ...]) -> Array:

@@ -29,7 +29,8 @@ def settings(recipe: Recipe, method, tensor_name: str, position: float | None = 
         position: 0 (first layer) to 1 (last), from `layer_positions`; what gradients look at. None is 1.
 
     Returns:
-        name -> value; a tuple of T numbers for a parameter each expert has its own of.
+        name -> value; a tuple of T numbers for a parameter each expert has its own of. Not to be changed: where no
+        tensor has values of its own, all share this dict.
     """
     compiled = recipe._compiled.get(method.name)
     if compiled is None:
@@ -177,6 +178,8 @@ class _Compiled:
                 self._constant[name] = self._gathered([chain[0] for chain in chains], parameter, "")
 
     def resolve(self, name: str, position: float) -> dict[str, Any]:
+        if not self._varying:
+            return self._constant
         resolved = dict(self._constant)
         for key, (parameter, chains) in self._varying.items():
             values = [_first(chain, name, position) for chain in chains]

@@ -10,7 +10,6 @@ from freemerge.buffers import BufferPool
 from freemerge.checkpoint.checksum import PIECE, PieceChecksum, checksum
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels import dispatch
-from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.all_finite import all_finite
 from freemerge.kernels.array import Array, is_float
 from freemerge.plan import Plan, TensorTask
@@ -129,7 +128,7 @@ class Stream:
         task = unit.task
         base, experts = self._inputs(unit)
         with self._output(unit) as out:
-            self._merge(task, base, experts, out)
+            self.plan.merge(task, base, experts, out)
             if self.check_finite and is_float(out.dtype) and not all_finite(out):
                 self._note_nonfinite(unit, base, experts)
                 return
@@ -141,15 +140,6 @@ class Stream:
             whole = self._add_to_checksum(unit, out)
         if whole:
             self.sink.finish(task.name, {"checksum": whole, **record})
-
-    def _merge(self, task: TensorTask, base: Array, experts: list[Array | None], out: Array) -> None:
-        if task.settings is not None:
-            used = base if self.plan.method.uses_base else None
-            self.plan.method.module.merge_tensor(used, experts, name=task.name, **task.settings, out=out)
-        elif is_float(out.dtype):
-            add_task_vectors(base, [], [], out=out)
-        else:
-            out[...] = base
 
     def _inputs(self, unit: Unit) -> tuple[Array, list[Array | None]]:
         task, plan = unit.task, self.plan
