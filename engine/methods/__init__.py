@@ -61,7 +61,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -164,7 +164,12 @@ def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether one of the regular expressions is found anywhere in the tensor's name; False for no pattern."""
-    return bool(patterns) and _pattern(tuple(patterns)).search(name) is not None
+    return bool(patterns) and _found(name, tuple(patterns))
+
+
+@lru_cache(maxsize=1 << 14)  # a search asks the same of the same names for each of its merges
+def _found(name: str, patterns: tuple[str, ...]) -> bool:
+    return _pattern(patterns).search(name) is not None
 
 
 def _first_line(docstring: str | None) -> str:

@@ -1,7 +1,9 @@
 """The merged backbone of FR- and FREE-Merging: high-pass filtered task vectors, summed."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from freemerge.kernels.add_elected import add_elected
 from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.array import Array, empty, numel, task_vector
-from freemerge.kernels.high_pass import high_pass, plan_high_pass
+from freemerge.kernels.high_pass import HighPassPlan, high_pass, plan_high_pass
 from freemerge.kernels.high_pass_magnitudes import high_pass_magnitudes
 from freemerge.kernels.task_vector_statistics import task_vector_statistics
 from freemerge.methods import PerExpert, TensorPlan, matches
@@ -25,7 +27,7 @@ ELECTED_RUN = 1 << 20  # elements elected at a time where nothing is filtered: b
 ADDITION = 0.5  # nanoseconds an element and input, of one core: converting, adding, rounding
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for every tensor, and a frozen one takes three times as long to make
 class Backbone:
     """The parameters that fr and free share; see fr.merge_tensor."""
 
@@ -46,7 +48,7 @@ class Backbone:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> "Backbone":
-        return cls(**{field.name: parameters[field.name] for field in fields(cls) if field.name in parameters})
+        return cls(**{name: parameters[name] for name in _FIELDS if name in parameters})
 
     def covers(self, name: str) -> bool:
         return (not self.include or matches(name, self.include)) and not matches(name, self.exclude)
@@ -82,16 +84,16 @@ class Backbone:
     def plan(self, name: str, shape: tuple[int, ...], experts: int) -> TensorPlan:
         if self.copies(name, shape):
             return TensorPlan("copy")
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         addition = ADDITION * size * (experts + 1)
         if not self.filters(name, shape):
             count = "first expert" if self.bias_rule == "first" else "sum"
             workspace = 4 * experts * min(size, ELECTED_RUN) if self.elect else 0
             return TensorPlan("merge", f"{count}, unfiltered", workspace, addition * (2 if self.align else 1))
-        transform = plan_high_pass(shape, **self._mask)
+        transform, described = _transform(shape, **self._mask)
         workspace = transform.workspace + (4 * experts * size if self.elect else 0)
         transforms = (experts if self.elect else 1) + (experts if self.align else 0)
-        return TensorPlan("merge", transform.describe(), workspace, transforms * transform.nanoseconds)
+        return TensorPlan("merge", described, workspace, transforms * transform.nanoseconds)
 
     def magnitudes(self, base: Array, experts: Sequence[Array], filtered: bool) -> list[float]:
         """Mean magnitude of each task vector, of the filtered one where it is filtered; 0 for an empty tensor."""
@@ -121,6 +123,15 @@ class Backbone:
         for begin in range(0, numel(base), ELECTED_RUN):
             run = slice(begin, min(begin + ELECTED_RUN, numel(base)))
             yield run, [task_vector(flat[run], expert.reshape(-1)[run]) * float(ratio) for expert, ratio in pairs]
+
+
+_FIELDS = tuple(field.name for field in fields(Backbone))
+
+
+@lru_cache(maxsize=1024)  # models have few shapes, and a sweep plans them again for each of its merges
+def _transform(shape: tuple[int, ...], **mask) -> tuple[HighPassPlan, str]:
+    plan = plan_high_pass(shape, **mask)
+    return plan, plan.describe()
 
 
 def align_ratios(magnitudes: Sequence[float]) -> list[float]:

@@ -14,7 +14,7 @@ from freemerge.kernels.task_vector_statistics import task_vector_statistics
 from freemerge.methods._backbone import Backbone, align_ratios
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SparseExpert:
     """The expert's parameters of free; see free.merge_tensor."""
 
@@ -28,7 +28,7 @@ class SparseExpert:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> "SparseExpert":
-        return cls(**{field.name: parameters[field.name] for field in fields(cls)})
+        return cls(**{name: parameters[name] for name in _FIELDS})
 
     def check(self) -> None:
         """Raise RecipeError for shares that are none."""
@@ -121,6 +121,9 @@ class SparseExpert:
         if backbone.coefficient == "vit8":
             return self.expert_scaling * backbone.scaling * (own if filtered else 1.0)
         return self.expert_scaling * own
+
+
+_FIELDS = tuple(field.name for field in fields(SparseExpert))
 
 
 def _threshold(references: Sequence[Array], experts: Sequence[Array], rank: int) -> tuple[float, list[int], list[int]]:
