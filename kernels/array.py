@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -14,10 +15,11 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8_E4M3FN = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOAT8_E5M2 = np.dtype(ml_dtypes.float8_e5m2)
 FLOATS = (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2)
+_FLOATS = frozenset(FLOATS)
 
 
 def is_float(dtype: np.dtype) -> bool:
-    return np.dtype(dtype) in FLOATS
+    return np.dtype(dtype) in _FLOATS
 
 
 def is_tensor(array: Array) -> bool:
@@ -27,9 +29,12 @@ def is_tensor(array: Array) -> bool:
 
 def dtype_of(array: Array) -> np.dtype:
     """Its dtype as NumPy knows it."""
-    if isinstance(array, np.ndarray):
-        return array.dtype
-    name = str(array.dtype).removeprefix("torch.")
+    return array.dtype if isinstance(array, np.ndarray) else _numpy_dtype(array.dtype)
+
+
+@lru_cache
+def _numpy_dtype(torch_dtype) -> np.dtype:
+    name = str(torch_dtype).removeprefix("torch.")
     return np.dtype(getattr(ml_dtypes, name, name))
 
 

@@ -19,21 +19,23 @@ def check_float(name: str, array: Array) -> None:
 def check_like(name: str, array: Array, **others: Array | Sequence[Array]) -> None:
     """`array` is a contiguous float array, and each of `others` (arrays, sequences of arrays) one of its shape."""
     check_float(name, array)
+    shape = array.shape
     for other_name, value in others.items():
-        alone = not isinstance(value, list | tuple)
+        alone = not isinstance(value, (list, tuple))
         for i, other in enumerate([value] if alone else value):
             label = other_name if alone else f"{other_name}[{i}]"
             check_float(label, other)
-            if other.shape != array.shape:
-                raise ShapeError(f"{label} is {list(other.shape)}, {name} is {list(array.shape)}")
+            if other.shape != shape:
+                raise ShapeError(f"{label} is {list(other.shape)}, {name} is {list(shape)}")
             check_place(name, array, label, other)
 
 
 def check_place(name: str, array: Array, label: str, other: Array) -> None:
     """Both are NumPy arrays, or tensors on one device."""
+    if is_tensor(array) == is_tensor(other) and (not is_tensor(array) or array.device == other.device):
+        return
     places = [str(a.device) if is_tensor(a) else "a NumPy array" for a in (array, other)]
-    if places[0] != places[1]:
-        raise ShapeError(f"{label} is on another device: {places[1]}, where {name} is {places[0]}")
+    raise ShapeError(f"{label} is on another device: {places[1]}, where {name} is {places[0]}")
 
 
 def check_against(base: Array | None, experts: Sequence[Array]) -> None:
