@@ -22,6 +22,7 @@ from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels import dispatch
+from freemerge.placement import check_together
 from freemerge.plan import Plan, make_plan
 from freemerge.recipe import Recipe, load_recipe
 from freemerge.settings import insist_on
@@ -229,6 +230,7 @@ def merge_state_dicts(
     )
     plan = make_plan(recipe, methods.get(recipe.method), reference, found, shard_size=1 << 62)
     dispatch.set_threads(threads)
+    check_together(plan)
     sink = MemorySink(plan)
     cut_out = {name: MemoryExpert(name) for name in named} if plan.method.writes_experts else {}
     extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None

@@ -14,7 +14,7 @@ from freemerge import __version__
 from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
 from freemerge.errors import PlanError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
-from freemerge.kernels.array import Array, is_float
+from freemerge.kernels.array import Array, is_float, is_tensor
 from freemerge.match import Match, Matcher, never_fits
 from freemerge.methods import Method, TensorPlan
 from freemerge.recipe import Recipe
@@ -243,7 +243,8 @@ def _plan_plainly(transform: str, name: str, shape: tuple[int, ...], **_) -> Ten
 def _cropped(expert: Array, shape: tuple[int, ...]) -> Array:
     if expert.shape == shape:
         return expert
-    return np.ascontiguousarray(expert[tuple(slice(side) for side in shape)])
+    part = expert[tuple(slice(side) for side in shape)]
+    return part.contiguous() if is_tensor(part) else np.ascontiguousarray(part)
 
 
 def _action(task: TensorTask) -> str:

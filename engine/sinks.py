@@ -1,26 +1,29 @@
 """Where a stream's results go: into the shards of a work directory, or into memory.
 
-A sink has `done` (records of an interrupted run, by tensor) and `records` (those and the new ones), and:
+A sink has `done` (records of an interrupted run, by tensor), `records` (those and the new ones), `keeps_checksums`
+(whether `finish` gets them; without, results on a GPU need never leave it), and:
 
-    direct(name)  -> the memory a result belongs in, for the method to write there itself; None where it has to be
-    written
-    map(name)     -> the same for a result too large for a buffer
-    write(name, first_element, array);  read(name);  tie(name, other) -> array;  finish(name, record)
+    direct(name)  -> the memory a result belongs in (an array, or a tensor on a GPU), for the method to write there
+                     itself; None where it has to be written
+    map(name)     -> the same, in host memory, for a result too large for a buffer; asked only where direct is None
+    write(name, first_element, array)    a run of elements, a NumPy array, from any thread
+    read(name) -> array;  tie(name, other) -> array;  finish(name, record)
 """
 
 from collections.abc import Callable
 
-import numpy as np
-
 from freemerge.checkpoint.checksum import checksum
+from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter
-from freemerge.kernels.array import Array
+from freemerge.kernels.array import Array, empty
 from freemerge.plan import Plan
 
 
 class DiskSink:
     """Into preallocated shards; what is finished is noted in the work directory's journal."""
+
+    keeps_checksums = True
 
     def __init__(self, work: WorkDir, writer: CheckpointWriter):
         self._work = work
@@ -52,12 +55,22 @@ class DiskSink:
 
 
 class MemorySink:
-    """Into new arrays, `tensors` by name; tied tensors are one array."""
+    """Into new arrays, `tensors` by name, where the base's lie; tied tensors are one array."""
+
+    keeps_checksums = False
 
     def __init__(self, plan: Plan):
-        self.tensors = {task.name: np.empty(task.shape, task.dtype) for task in plan.tasks if not task.match.same_as}
+        self.tensors = {
+            task.name: empty(task.shape, task.dtype, like=plan.base.read(task.name))
+            for task in plan.tasks
+            if not task.match.same_as
+        }
         self.done, self.records = {}, {}
         self.direct = self.read = self.tensors.__getitem__
+
+    def write(self, name: str, first_element: int, array: Array) -> None:
+        tensor = self.tensors[name].reshape(-1)[first_element : first_element + array.size]
+        tensor[...] = placed_like(array.reshape(-1), tensor)
 
     def tie(self, name: str, other: str) -> Array:
         self.tensors[name] = self.tensors[other]

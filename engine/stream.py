@@ -2,34 +2,23 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from freemerge.buffers import BufferPool
 from freemerge.checkpoint.checksum import PIECE, PieceChecksum, checksum
+from freemerge.devices import CHUNK, Accelerator, Lane, is_out_of_memory
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels import dispatch
 from freemerge.kernels.all_finite import all_finite
 from freemerge.kernels.array import Array, is_float
+from freemerge.placement import OnAccelerator, OnHost, Unit, WhereTheyLie, lies_on_gpu
 from freemerge.plan import Plan, TensorTask
+from freemerge.readahead import ReadAhead
 
-READ_AHEAD = 512 << 20  # bytes of input asked for before they are needed
 BESIDE_BUFFERS = 256 << 20  # of the memory limit: the interpreter, its libraries, small arrays
+ON_GPU = 8  # pieces of a tensor that a GPU merges at once
 MOST_PROBLEMS = 20
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A run of elements of one tensor, merged and written at once; all of them unless its method works by element."""
-
-    task: TensorTask
-    start: int
-    stop: int
-
-    @property
-    def whole(self) -> bool:
-        return self.stop - self.start == self.task.size
 
 
 class Stream:
@@ -43,15 +32,31 @@ class Stream:
             to the mapped output.
         check_finite: whether an infinity or NaN in the result is an error.
         progress: called as progress(done_bytes, total_bytes) from any thread.
+        accelerators: the GPUs that inputs are sent to (devices.find); without, they are merged where they lie.
     """
 
     def __init__(
-        self, plan: Plan, sink, *, extraction=None, max_memory: int, check_finite=True, progress: Callable | None = None
+        self,
+        plan: Plan,
+        sink,
+        *,
+        extraction=None,
+        max_memory: int,
+        check_finite: bool = True,
+        progress: Callable | None = None,
+        accelerators: Sequence[Accelerator] = (),
     ):
         self.plan, self.sink, self.extraction = plan, sink, extraction
         self.check_finite = check_finite
-        self.buffers = BufferPool(max(max_memory - BESIDE_BUFFERS, max_memory // 2))
+        self.accelerators = accelerators
         self.progress = _Progress(plan, progress)
+        memory = max(max_memory - BESIDE_BUFFERS, max_memory // 2)
+        # a quarter of the memory at most is for copies; see devices.Lane
+        lanes = sum(_lanes(accelerator, accelerators) for accelerator in accelerators)
+        self._chunk = min(CHUNK, max(4096, memory // (8 * max(lanes, 1)) // 4096 * 4096))
+        buffers = BufferPool(memory - 2 * self._chunk * lanes)
+        self._in_place = not accelerators and lies_on_gpu(plan)
+        self._host = (WhereTheyLie if self._in_place else OnHost)(plan, sink, buffers)
         self._units: deque[Unit] = deque()
         self._checksums: dict[str, PieceChecksum] = {}
         self._lock = threading.Lock()
@@ -73,22 +78,19 @@ class Stream:
             self.extraction.finish()
 
     def _split(self, task: TensorTask) -> Iterator[Unit]:
-        if task.settings is not None and self.plan.method.scope != "element":
+        copied = task.settings is None
+        if self._in_place or (not copied and self.plan.method.scope != "element"):
             yield Unit(task, 0, task.size)
             return
-        step = PIECE // task.dtype.itemsize
+        step = PIECE // task.dtype.itemsize * (ON_GPU if self.accelerators and not copied else 1)
         for start in range(0, max(task.size, 1), step):
             yield Unit(task, start, min(task.size, start + step))
 
     # -- threads ------------------------------------------------------------------------------------------------
 
     def _run_threads(self, todo: list[TensorTask]) -> None:
-        ahead = _ReadAhead(self.plan, [task for task in todo if not task.match.same_as])
-        # More workers than cores: while one waits for the disk or hashes, the ops of another use the pool of threads.
-        workers = [
-            threading.Thread(target=self._work, args=(ahead,), daemon=True)
-            for _ in range(min(4, dispatch.threads() + 1))
-        ]
+        ahead = ReadAhead(self.plan, [task for task in todo if not task.match.same_as])
+        workers = [threading.Thread(target=self._work, args=(ahead, gpu), daemon=True) for gpu in self._crew()]
         for thread in (ahead, *workers):
             thread.start()
         try:
@@ -107,29 +109,63 @@ class Stream:
                 listed(self._problems, "Mend the model, or pass --allow-nonfinite to merge it as it is.")
             )
 
-    def _work(self, ahead: "_ReadAhead") -> None:
+    def _crew(self) -> list[Accelerator | None]:
+        """For each worker the GPU it serves, if any."""
+        if self.accelerators:
+            return [gpu for gpu in self.accelerators for _ in range(_lanes(gpu, self.accelerators))]
+        # More workers than cores: while one waits for the disk or hashes, the ops of another use the pool of threads.
+        return [None] * min(4, dispatch.threads() + 1)
+
+    def _work(self, ahead: ReadAhead, accelerator: Accelerator | None) -> None:
         try:
-            while not self._stop:
-                with self._lock:
-                    if not self._units:
-                        return
-                    unit = self._units.popleft()
+            gpu = accelerator and OnAccelerator(self.plan, self.sink, accelerator, Lane(accelerator, self._chunk))
+            while not self._stop and (unit := self._next(gpu)) is not None:
                 ahead.reached(unit.task)
-                self._run_unit(unit)
-                self.progress.add(unit.task, (unit.stop - unit.start) / max(1, unit.task.size))
+                if self._run_unit(unit, gpu):
+                    self.progress.add(unit.task, (unit.stop - unit.start) / max(1, unit.task.size))
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
             self._stop = True
 
+    def _next(self, gpu: OnAccelerator | None) -> Unit | None:
+        """The next unit; half of it where a GPU has no memory for the whole and the method lets it be cut."""
+        with self._lock:
+            if not self._units:
+                return None
+            unit = self._units.popleft()
+            step = PIECE // unit.task.dtype.itemsize
+            while gpu and self._is_cut(unit, step) and not gpu.fits(unit):
+                unit, rest = unit.halves(step)
+                self._units.appendleft(rest)
+            return unit
+
+    def _is_cut(self, unit: Unit, step: int) -> bool:
+        return unit.task.settings is not None and self.plan.method.scope == "element" and unit.stop - unit.start > step
+
     # -- one unit -----------------------------------------------------------------------------------------------
 
-    def _run_unit(self, unit: Unit) -> None:
+    def _run_unit(self, unit: Unit, gpu: OnAccelerator | None) -> bool:
+        """Merge a unit, on the GPU where it is merged at all and fits; say whether it is done, else it is due again."""
+        where = gpu if gpu and unit.task.settings is not None and gpu.fits(unit) else self._host
+        try:
+            with where.reserved(unit):
+                self._merge_unit(unit, where)
+            return True
+        except Exception as error:
+            if where is not gpu or not is_out_of_memory(error):
+                raise
+        # the error is gone here, and with it the tensors its frames held
+        gpu.accelerator.shrink(gpu.needed(unit))
+        with self._lock:
+            self._units.appendleft(unit)
+        return False
+
+    def _merge_unit(self, unit: Unit, where: OnHost | OnAccelerator) -> None:
         task = unit.task
-        base, experts = self._inputs(unit)
-        with self._output(unit) as out:
+        with where.held(unit) as (base, experts, out):
             self.plan.merge(task, base, experts, out)
-            if self.check_finite and is_float(out.dtype) and not all_finite(out):
+            if self.check_finite and is_float(task.dtype) and not all_finite(out):
                 self._note_nonfinite(unit, base, experts)
                 return
             record = (
@@ -137,50 +173,26 @@ class Stream:
                 if self.extraction and task.settings is not None
                 else {}
             )
-            whole = self._add_to_checksum(unit, out)
-        if whole:
-            self.sink.finish(task.name, {"checksum": whole, **record})
+            pieces = self._pieces(task)
+            where.store(unit, out, partial(_hash, pieces, task))
+        if pieces and self._is_complete(task, pieces):
+            self.sink.finish(task.name, {"checksum": pieces.hexdigest(), **record})
 
-    def _inputs(self, unit: Unit) -> tuple[Array, list[Array | None]]:
-        task, plan = unit.task, self.plan
-        base = plan.base.read(task.name)
-        experts = plan.read_experts(task) if task.settings is not None else []
-        if unit.whole:
-            return base, experts
-        part = slice(unit.start, unit.stop)
-        return base.reshape(-1)[part], [None if expert is None else expert.reshape(-1)[part] for expert in experts]
-
-    @contextmanager
-    def _output(self, unit: Unit) -> Iterator[Array]:
-        """Memory for the result of a unit; on the way out it is written, if it is not where it belongs already."""
-        task = unit.task
-        shape = task.shape if unit.whole else (unit.stop - unit.start,)
-        size = (unit.stop - unit.start) * task.dtype.itemsize
-        direct = self.sink.direct(task.name)
-        if direct is None and not self.buffers.fits(size, task.workspace):
-            direct = self.sink.map(task.name)
-        if direct is not None:
-            yield direct.reshape(-1)[unit.start : unit.stop].reshape(shape)
-            return
-        with self.buffers.borrow(size, beside=task.workspace) as buffer:
-            out = buffer.view(task.dtype).reshape(shape)
-            yield out
-            self.sink.write(task.name, unit.start, out)
-
-    def _add_to_checksum(self, unit: Unit, out: Array) -> str | None:
-        """The checksum of the unit's tensor, once, when its last piece has come."""
-        task = unit.task
+    def _pieces(self, task: TensorTask) -> PieceChecksum | None:
+        if not self.sink.keeps_checksums:
+            return None
         with self._lock:
-            pieces = self._checksums.setdefault(task.name, PieceChecksum(task.nbytes))
-        pieces.update(unit.start * task.dtype.itemsize, out)
+            return self._checksums.setdefault(task.name, PieceChecksum(task.nbytes))
+
+    def _is_complete(self, task: TensorTask, pieces: PieceChecksum) -> bool:
+        """Whether all of the tensor has come; true once."""
         with self._lock:
-            if not pieces.complete or self._checksums.pop(task.name, None) is None:
-                return None
-        return pieces.hexdigest()
+            return pieces.complete and self._checksums.pop(task.name, None) is not None
 
     def _copy_tied(self, task: TensorTask) -> None:
         tensor = self.sink.tie(task.name, task.match.same_as)
-        self.sink.finish(task.name, {"checksum": checksum(tensor)})
+        if self.sink.keeps_checksums:
+            self.sink.finish(task.name, {"checksum": checksum(tensor)})
         self.progress.add(task, 1.0)
 
     def _note_nonfinite(self, unit: Unit, base: Array, experts: list[Array | None]) -> None:
@@ -197,48 +209,14 @@ class Stream:
             self._stop |= len(self._problems) >= MOST_PROBLEMS
 
 
-class _ReadAhead(threading.Thread):
-    """Asks for the inputs of coming tasks, READ_AHEAD bytes in front of the workers."""
+def _lanes(accelerator: Accelerator, accelerators: Sequence[Accelerator]) -> int:
+    """How many threads serve it: as many as it can use, while there are cores for them."""
+    return max(2, min(accelerator.lanes, (dispatch.threads() + 1) // len(accelerators)))
 
-    def __init__(self, plan: Plan, tasks: list[TensorTask]):
-        super().__init__(daemon=True)
-        self._plan, self._tasks = plan, tasks
-        self._reached = 0
-        self._starts = {}
-        self._change = threading.Condition()
-        self._stopped = False
 
-    def run(self) -> None:
-        asked = 0
-        for task in self._tasks:
-            with self._change:
-                self._starts[task.name] = asked
-                while not self._stopped and asked - self._reached > READ_AHEAD:
-                    self._change.wait()
-                if self._stopped:
-                    return
-            asked += self._ask(task)
-
-    def _ask(self, task: TensorTask) -> int:
-        plan = self._plan
-        wanted = [(plan.base, task.name)] if plan.method.uses_base or task.settings is None else []
-        if task.settings is not None:
-            wanted += [
-                (expert, source) for expert, source in zip(plan.experts, task.match.sources, strict=True) if source
-            ]
-        for checkpoint, name in wanted:
-            checkpoint.prefetch(name)
-        return plan.bytes_read(task)
-
-    def reached(self, task: TensorTask) -> None:
-        with self._change:
-            self._reached = max(self._reached, self._starts.get(task.name, 0))
-            self._change.notify_all()
-
-    def stop(self) -> None:
-        with self._change:
-            self._stopped = True
-            self._change.notify_all()
+def _hash(pieces: PieceChecksum | None, task: TensorTask, first_element: int, array: Array) -> None:
+    if pieces:
+        pieces.update(first_element * task.dtype.itemsize, array)
 
 
 class _Progress:

@@ -1,10 +1,13 @@
-"""CPU torch tensors as NumPy arrays and back, sharing memory. torch is imported by whoever made the tensor."""
+"""CPU torch tensors as NumPy arrays and back, sharing memory; tensors on a GPU as they are.
+
+torch is imported by whoever made the tensor.
+"""
 
 import sys
 
 import numpy as np
 
-from freemerge.kernels.array import BFLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2
+from freemerge.kernels.array import BFLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, Array, is_tensor
 
 # dtypes NumPy lacks in torch's eyes pass through an integer of their width
 THROUGH = {
@@ -23,15 +26,20 @@ def from_torch(tensor) -> np.ndarray:
     """A CPU tensor's memory as an array; one that is not contiguous is copied. Raises ValueError where none can be."""
     torch = sys.modules["torch"]
     if tensor.device.type != "cpu":
-        raise ValueError(f"on {tensor.device}, not on the CPU; pass .cpu()")
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"{tensor.layout if not tensor.is_quantized else 'quantized'}, not a plain dense tensor")
-    tensor = tensor.detach().resolve_neg().contiguous()
+        raise ValueError(f"on {tensor.device}, neither on the CPU nor on a CUDA GPU")
+    tensor = dense(tensor)
     width, dtype = THROUGH.get(str(tensor.dtype), (None, None))
     try:
         return tensor.view(getattr(torch, width)).numpy().view(dtype) if width else tensor.numpy()
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{tensor.dtype} has no NumPy dtype ({error})") from None
+
+
+def dense(tensor):
+    """A tensor's elements in order, without a gradient; a copy only where they are not. Raises ValueError."""
+    if tensor.layout != sys.modules["torch"].strided or tensor.is_quantized:
+        raise ValueError(f"{tensor.layout if not tensor.is_quantized else 'quantized'}, not a plain dense tensor")
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def to_torch(array: np.ndarray):
@@ -41,3 +49,11 @@ def to_torch(array: np.ndarray):
         if array.dtype == dtype:
             return torch.from_numpy(array.view(width)).view(getattr(torch, name.removeprefix("torch.")))
     return torch.from_numpy(array)
+
+
+def placed_like(array: Array, like: Array) -> Array:
+    """`array` as what `like` is, and where that is: a NumPy array, or a tensor on its device; copied only to move."""
+    if not is_tensor(like):
+        return from_torch(array.cpu()) if is_tensor(array) else array
+    # a copy, as torch warns of memory that is read-only
+    return (array if is_tensor(array) else to_torch(array.copy())).to(like.device)

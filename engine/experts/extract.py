@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from freemerge.checkpoint.manifest import backbone_fingerprint
+from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.experts.sidecar import SparseEntry
-from freemerge.kernels.array import Array, SparseRows
+from freemerge.kernels.array import Array, SparseRows, is_tensor
 from freemerge.kernels.sparse_rows import Selection
 from freemerge.plan import Plan, TensorTask
 
@@ -97,11 +98,18 @@ class Extraction:
                 base, merged, expert, name=task.name, within=within[t], **task.settings
             )
             start = rows[t].gather(base) if self._mode == "replace" else None
-            checksums[t] = self._sidecars[t].write(task.name, rows[t], start)
+            checksums[t] = self._sidecars[t].write(task.name, *self._back(task, rows[t], start))
         self._statistics[task.name] = self._hooks.measure_tensor(
             base, merged, experts, rows, name=task.name, **task.settings
         )
         return checksums
+
+    def _back(self, task: TensorTask, rows: SparseRows, start: Array | None) -> tuple[SparseRows, Array | None]:
+        """Rows cut out on a GPU, back where the inputs came from."""
+        origin = self.plan.base.read(task.name)
+        if is_tensor(origin):
+            return rows, start
+        return rows.on_host(), None if start is None else placed_like(start, origin)
 
     def _select_over_model(self) -> None:
         """A second pass: thresholds over all covered tensors of an expert, then their entries."""

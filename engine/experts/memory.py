@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from freemerge.checkpoint.memory import MemoryCheckpoint
+from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
-from freemerge.kernels.array import Array, SparseRows
+from freemerge.kernels.array import Array, SparseRows, dtype_of, empty
 
 
 class MemoryExpert:
@@ -37,12 +36,17 @@ class MemoryExpert:
         return self._starts[name]
 
     def apply(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The merged model with this expert in it: a new state dict that shares the tensors the expert leaves alone."""
+        """The merged model with this expert in it: a new state dict that shares the tensors the expert leaves alone.
+
+        Tensors stay on their devices; the expert's rows come there.
+        """
         merged = MemoryCheckpoint(state_dict, "merged model")
         applied = dict(state_dict)
         for name, rows in self.tensors.items():
-            array = merged.read(name)
-            out = np.empty_like(array)
-            apply_sparse_rows(array, rows, self.scale(name), start=self.start(name), out=out)
+            array, start = merged.read(name), self.start(name)
+            out = empty(array.shape, dtype_of(array), like=array)
+            rows = SparseRows(*(placed_like(a, array) for a in (rows.offsets, rows.columns, rows.values)), rows.shape)
+            start = None if start is None else placed_like(start, array)
+            apply_sparse_rows(array, rows, self.scale(name), start=start, out=out)
             applied[name] = merged.like_input(name, out)
         return applied

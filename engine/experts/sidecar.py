@@ -83,6 +83,7 @@ class SidecarWriter:
         entry = self._entries[name]
         if (tuple(rows.shape), rows.count, start is None) != (tuple(entry.shape), entry.count, entry.start is None):
             raise ValueError(f"{name}: {rows.count} entries of {list(rows.shape)}, announced were {entry}")
+        rows = rows.on_host()
         arrays = {"offsets": rows.offsets, "columns": rows.columns, "values": rows.values, "start": start}
         for part in entry.parts():
             array, place = arrays[part.name.partition("/")[0]], self._places[part.name]
