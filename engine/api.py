@@ -4,20 +4,20 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from freemerge import methods
+from freemerge import devices, methods
 from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, write_manifest
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter, write_file
-from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, gathered
+from freemerge.errors import CheckpointError, InputError, RecipeError, gathered
 from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
@@ -71,6 +71,7 @@ def merge(
     device: str = "auto",
     threads: int = 0,
     max_memory: int | str = "2GiB",
+    max_gpu_memory: int | str | None = None,
     shard_size: int | str = "5GB",
     resume: bool = False,
     overwrite: bool = False,
@@ -92,9 +93,10 @@ def merge(
         base, experts: directories, files or hub names; experts also as a mapping of names to them.
         out: the directory to write. It appears complete or not at all.
         dtype: of the result's floating tensors; that of the base, tensor by tensor, if not given.
-        device: "auto" or "cpu".
+        device: "auto" (every visible GPU, or the CPU where there is none to use), "cpu", "cuda" or "cuda:N".
         threads: 0 is one for each core.
-        max_memory: bytes of anonymous memory to stay under; mapped files do not count.
+        max_memory: bytes of anonymous memory to stay under; mapped files and CUDA's own do not count.
+        max_gpu_memory: bytes to stay under on each GPU; 80 % of what is free there if not given.
         shard_size: bytes a shard of the result may have.
         resume: continue an interrupted merge of the same recipe into the same `out`.
         overwrite: replace an existing `out` when the new one is complete.
@@ -113,13 +115,14 @@ def merge(
         OutputError: the result could not be written; an existing `out` is as it was.
     """
     start = time.perf_counter()
-    check_device(device)
+    accelerators = devices.find(device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
     recipe = _recipe(method_or_recipe, base, experts, dtype, parameters)
     method = methods.get(recipe.method)
     _check_recipe(recipe, method, None if out is None else Path(out))
     with ExitStack() as stack:
         base_checkpoint, expert_checkpoints = _open_all(recipe, allow_pickle, stack)
         plan = make_plan(recipe, method, base_checkpoint, expert_checkpoints, shard_size=parse_size(shard_size))
+        plan = replace(plan, devices=tuple(map(str, accelerators)) or ("cpu",))
         if dry_run:
             return plan
         if out is None:
@@ -128,7 +131,12 @@ def merge(
         _run(
             plan,
             Path(out),
-            run={"max_memory": parse_size(max_memory), "check_finite": check_finite, "progress": progress},
+            run={
+                "max_memory": parse_size(max_memory),
+                "check_finite": check_finite,
+                "progress": progress,
+                "accelerators": accelerators,
+            },
             resume=resume,
             overwrite=overwrite,
             fsync=fsync,
@@ -206,14 +214,15 @@ def merge_state_dicts(
 
     Args:
         method: name of a method.
-        base: name -> NumPy array or CPU torch tensor of any dtype a checkpoint may have; None for a method without a
-            base.
+        base: name -> NumPy array or torch tensor, on the CPU or a CUDA GPU, of any dtype a checkpoint may have; None
+            for a method without a base. Tensors are merged on the device they lie on; a model may lie on several, as
+            long as its experts' tensors lie with the base's.
         experts: state dicts like `base`, in order, or by name. Nothing given is changed or kept.
         dtype, threads, check_finite, parameters: as for `merge`.
 
     Returns:
-        A dict of new tensors of the kind given, sorted by name. For a method that writes experts, `.experts`
-        holds them, each with `.apply(state_dict)`.
+        A dict of new tensors of the kind given, on the device of the base's, sorted by name. For a method that writes
+        experts, `.experts` holds them, each with `.apply(state_dict)`.
 
     Raises:
         InputError: tensors do not fit together; all problems at once.
@@ -238,15 +247,6 @@ def merge_state_dicts(
     merged = MergedStateDict((name, reference.like_input(name, sink.tensors[name])) for name in reference.tensors)
     merged.experts = tuple(cut_out.values())
     return merged
-
-
-def check_device(device: str) -> None:
-    """Raise where the device asked for is not there."""
-    if device in ("auto", "cpu"):
-        return
-    if device.partition(":")[0] == "cuda":
-        raise UnavailableError(f"device {device}: this version of freemerge runs on the CPU only; leave the device out")
-    raise RecipeError(f"device {device}: there are auto and cpu")
 
 
 def _recipe(method_or_recipe, base, experts, dtype, parameters) -> Recipe:

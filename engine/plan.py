@@ -54,7 +54,10 @@ class TensorTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked merge, ready to run: `base` and `experts` are open, `shards` says where every byte goes."""
+    """A checked merge, ready to run: `base` and `experts` are open, `shards` says where every byte goes.
+
+    `devices` names what is to run it, for people.
+    """
 
     recipe: Recipe
     method: Method
@@ -63,6 +66,7 @@ class Plan:
     tasks: list[TensorTask]
     shards: list[ShardPlan]
     warnings: list[str] = field(default_factory=list)
+    devices: tuple[str, ...] = ("cpu",)
 
     @property
     def bytes_in(self) -> int:
@@ -142,6 +146,7 @@ class Plan:
             "merged": sum(task.settings is not None and not task.match.same_as for task in self.tasks),
             "experts": len(self.experts),
             "passes": 1,
+            "devices": list(self.devices),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "shards": [shard.filename for shard in self.shards],

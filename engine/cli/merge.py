@@ -32,9 +32,12 @@ def command(
     parameter: list[str] = PARAMETER,
     out: str = typer.Option(None, "--out", "-o", help="The folder to write."),
     dtype: str = typer.Option(None, help="Dtype of the result [default: the recipe's, else the base's]."),
-    device: str = typer.Option("auto", help="auto or cpu."),
+    device: str = typer.Option(
+        "auto", help="auto (all GPUs, or the CPU where none can be used), cpu, cuda, or cuda:N for one of them."
+    ),
     threads: int = typer.Option(0, min=0, help="Threads; 0 is one for each core."),
-    max_memory: str = typer.Option("2GiB", help="Memory to stay under, mapped files not counted."),
+    max_memory: str = typer.Option("2GiB", help="Host memory to stay under, mapped files not counted."),
+    max_gpu_memory: str = typer.Option(None, help="Memory to use on each GPU [default: 80 % of what is free]."),
     shard_size: str = typer.Option("5GB", help="Most bytes in one file of the result."),
     resume: bool = typer.Option(False, "--resume", help="Continue an interrupted merge into the same folder."),
     overwrite: bool = typer.Option(
@@ -69,6 +72,7 @@ def command(
         "device": device,
         "threads": threads,
         "max_memory": parse_size(max_memory, "--max-memory"),
+        "max_gpu_memory": max_gpu_memory and parse_size(max_gpu_memory, "--max-gpu-memory"),
         "shard_size": parse_size(shard_size, "--shard-size"),
         "resume": resume,
         "overwrite": overwrite,

@@ -57,7 +57,7 @@ class Extraction:
         """Write what had to wait for the whole model, and the scales."""
         if self._over_model:
             self._select_over_model()
-        backbone = backbone_fingerprint({name: record["checksum"] for name, record in self.sink.records.items()})
+        checksums = {name: record["checksum"] for name, record in self.sink.records.items()}
         described = {key: self._settings[key] for key in DESCRIBED if key in self._settings}
         for t, (expert, sidecar) in enumerate(zip(self.plan.recipe.experts, self._sidecars, strict=True)):
             mu = self._hooks.expert_scale([self._statistics[task.name][t] for task in self._tasks], **self._settings)
@@ -69,7 +69,7 @@ class Extraction:
                 "expert": expert.name,
                 "method": self.plan.method.name,
                 "mode": self._mode,
-                "backbone": backbone,
+                "backbone": backbone_fingerprint(checksums) if self.sink.keeps_checksums else "in memory",
                 "mu": mu,
             }
             sidecar.finish({**facts, **described}, scales)
