@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -20,6 +21,7 @@ else:
     missing = None
 
 GPU_FOLDERS = ("triton", "cuda")  # an op lies in one of them
+_interpreting = threading.RLock()  # Triton's interpreter patches modules while it runs: not for two threads
 
 
 def implementation(op: str, array: Array) -> Callable | None:
@@ -63,7 +65,7 @@ def _for_tensor(op: str, tensor: Array, wish: str) -> Callable:
     if wish != "auto":
         raise UnavailableError(f"FREEMERGE_IMPL={wish}: {op} was given a tensor on {tensor.device}; pass NumPy arrays")
     if interpreted():
-        return gpu_version(op)
+        return _one_at_a_time(gpu_version(op))
     if tensor.device.type != "cuda":
         raise UnavailableError(f"{op} was given a tensor on {tensor.device}; pass NumPy arrays or CUDA tensors")
     run = gpu_version(op)
@@ -73,6 +75,14 @@ def _for_tensor(op: str, tensor: Array, wish: str) -> Callable:
             return run(*args)
 
     return on_its_device
+
+
+def _one_at_a_time(run: Callable) -> Callable:
+    def alone(*args):
+        with _interpreting:
+            return run(*args)
+
+    return alone
 
 
 @cache
