@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels import dispatch
-from freemerge.placement import check_together
+from freemerge.placement import check_together, lies_on_gpu
 from freemerge.plan import Plan, make_plan
 from freemerge.recipe import Recipe, load_recipe
 from freemerge.settings import insist_on
@@ -204,6 +205,7 @@ def merge_state_dicts(
     experts: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
     *,
     dtype: str | None = None,
+    device: str = "cpu",
     threads: int = 0,
     check_finite: bool = True,
     **parameters: Any,
@@ -218,6 +220,8 @@ def merge_state_dicts(
             for a method without a base. Tensors are merged on the device they lie on; a model may lie on several, as
             long as its experts' tensors lie with the base's.
         experts: state dicts like `base`, in order, or by name. Nothing given is changed or kept.
+        device: where arrays in host memory are merged, as for `merge`; the result is in host memory too. Tensors on a
+            GPU are merged there whatever this says.
         dtype, threads, check_finite, parameters: as for `merge`.
 
     Returns:
@@ -233,17 +237,20 @@ def merge_state_dicts(
     recipe = Recipe.from_flags(
         method, "base" if base is not None else None, {n: n for n in named}, parameters, dtype=dtype
     )
-    found = [MemoryCheckpoint(state_dict, name) for name, state_dict in named.items()]
-    reference = (
-        MemoryCheckpoint(base, "base") if base is not None else found[0] if found else MemoryCheckpoint({}, "base")
-    )
+    accelerators = devices.find(device)
+    open_dict = partial(MemoryCheckpoint, device=accelerators[0].device if accelerators else None)
+    found = [open_dict(state_dict, name) for name, state_dict in named.items()]
+    reference = open_dict(base, "base") if base is not None else found[0] if found else open_dict({}, "base")
     plan = make_plan(recipe, methods.get(recipe.method), reference, found, shard_size=1 << 62)
     dispatch.set_threads(threads)
     check_together(plan)
     sink = MemorySink(plan)
     cut_out = {name: MemoryExpert(name) for name in named} if plan.method.writes_experts else {}
     extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
-    Stream(plan, sink, extraction=extraction, max_memory=1 << 62, check_finite=check_finite).run()
+    if lies_on_gpu(plan):
+        accelerators = []
+    run = {"max_memory": 1 << 62, "check_finite": check_finite, "accelerators": accelerators}
+    Stream(plan, sink, extraction=extraction, **run).run()
     merged = MergedStateDict((name, reference.like_input(name, sink.tensors[name])) for name in reference.tensors)
     merged.experts = tuple(cut_out.values())
     return merged

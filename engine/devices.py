@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from freemerge.checkpoint.checksum import as_bytes
+from freemerge.checkpoint.torch_arrays import flat_bytes
 from freemerge.errors import RecipeError, UnavailableError
 from freemerge.kernels import dispatch
 from freemerge.kernels.array import Array, dtype_of, is_tensor, torch_dtype
@@ -94,8 +94,8 @@ def driver() -> Driver | str:
     except OSError:
         return "no NVIDIA driver here (libcuda.so.1 is not found)"
     version, count = ctypes.c_int(), ctypes.c_int()
-    status = cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(version)) or cuda.cuDeviceGetCount(
-        ctypes.byref(count)
+    status = (
+        cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(version)) or cuda.cuDeviceGetCount(ctypes.byref(count))
     )
     if status not in (0, 100):  # 100: CUDA_ERROR_NO_DEVICE
         return f"the NVIDIA driver does not start (CUDA error {status})"
@@ -275,7 +275,7 @@ class Lane:
         if is_tensor(array):
             return array if array.device == self.device else array.to(self.device, non_blocking=True)
         tensor = self.empty(array.shape, array.dtype)
-        source, target = as_bytes(array), tensor.reshape(-1).view(self._torch.uint8)
+        source, target = flat_bytes(array), flat_bytes(tensor)
         for start in range(0, source.size, self._size):
             part = source[start : start + self._size]
             chunk = next(self._chunks)
@@ -288,7 +288,7 @@ class Lane:
     def download(self, tensor) -> Iterator[tuple[int, np.ndarray]]:
         """Runs of a contiguous tensor's elements in order, each with the number of its first; valid until the next."""
         dtype = dtype_of(tensor)
-        source = tensor.reshape(-1).view(self._torch.uint8)
+        source = flat_bytes(tensor)
         step = self._size // dtype.itemsize * dtype.itemsize
         before = None
         for start in range(0, source.numel(), step):

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from freemerge.checkpoint.torch_arrays import same_bytes
 from freemerge.kernels.array import is_float
 
 
@@ -121,7 +120,7 @@ def _ties(checkpoint) -> dict[str, str]:
     ties = dict(checkpoint.tied)
     for name in checkpoint.tensors:
         embedding = _head_of(checkpoint, name)
-        if name not in ties and embedding and _same_bytes(checkpoint.read(name), checkpoint.read(embedding)):
+        if name not in ties and embedding and same_bytes(checkpoint.read(name), checkpoint.read(embedding)):
             ties[name] = embedding
     return ties
 
@@ -143,11 +142,6 @@ def _head_of(checkpoint, name: str) -> str | None:
         ):
             return other
     return None
-
-
-def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
-    a, b = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
-    return np.array_equal(a[:4096], b[:4096]) and np.array_equal(a, b)
 
 
 def _says_tied(checkpoint) -> bool:

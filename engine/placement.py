@@ -103,7 +103,8 @@ class WhereTheyLie(OnHost):
 
     def __init__(self, plan: Plan, sink, buffers: BufferPool):
         super().__init__(plan, sink, buffers)
-        self._streams = {device: sys.modules["torch"].cuda.current_stream(device) for device in _devices(plan) if device.type == "cuda"}
+        current = sys.modules["torch"].cuda.current_stream
+        self._streams = {device: current(device) for device in _devices(plan) if device.type == "cuda"}
 
     def reserved(self, unit: Unit) -> AbstractContextManager:
         base = self._plan.base.read(unit.task.name)
@@ -193,7 +194,7 @@ def _places(plan: Plan, task: TensorTask) -> set[str]:
 
 
 def _place(array: Array) -> str:
-    return str(array.device) if is_tensor(array) else "the CPU"
+    return str(array.device) if is_tensor(array) else "the host, as NumPy arrays"
 
 
 def _listed(checkpoint) -> str:

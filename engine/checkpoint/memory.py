@@ -1,6 +1,5 @@
 """A checkpoint that is a dict of arrays: the same attributes and methods as reader.Checkpoint, without files."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import xxhash
 
 from freemerge.checkpoint.dtypes import NAMES
 from freemerge.checkpoint.header import TensorInfo, shown
-from freemerge.checkpoint.torch_arrays import dense, from_torch, is_torch, to_torch
+from freemerge.checkpoint.torch_arrays import dense, flat_bytes, from_torch, is_torch, to_torch
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels.array import Array, dtype_of, is_tensor
 
@@ -58,7 +57,7 @@ class MemoryCheckpoint:
         for name, array in self._arrays.items():
             info = self.tensors[name]
             content.update(f"{name} {info.dtype} {info.shape};".encode("utf-8", "surrogatepass"))
-            data = array.reshape(-1).view(sys.modules["torch"].uint8 if is_tensor(array) else np.uint8)
+            data = flat_bytes(array)
             for end in (data[:4096], data[-4096:]):
                 content.update((end.cpu().numpy() if is_tensor(end) else end).tobytes())
         return {

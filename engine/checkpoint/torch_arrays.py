@@ -51,6 +51,25 @@ def to_torch(array: np.ndarray):
     return torch.from_numpy(array)
 
 
+def flat_bytes(array: Array) -> Array:
+    """The bytes of a contiguous array or tensor, [nbytes] uint8, without a copy."""
+    if not is_tensor(array):
+        return array.reshape(-1).view(np.uint8)
+    torch = sys.modules["torch"]
+    if array.numel() == 0:  # its strides may be any, which view refuses
+        return array.new_empty(0, dtype=torch.uint8)
+    return array.reshape(-1).view(torch.uint8)
+
+
+def same_bytes(a: Array, b: Array) -> bool:
+    """Whether two contiguous arrays or tensors lie together and have the same bytes."""
+    if is_tensor(a) != is_tensor(b) or (is_tensor(a) and a.device != b.device):
+        return False
+    equal = sys.modules["torch"].equal if is_tensor(a) else np.array_equal
+    a, b = flat_bytes(a), flat_bytes(b)
+    return equal(a[:4096], b[:4096]) and equal(a, b)
+
+
 def placed_like(array: Array, like: Array) -> Array:
     """`array` as what `like` is, and where that is: a NumPy array, or a tensor on its device; copied only to move."""
     if not is_tensor(like):

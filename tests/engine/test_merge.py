@@ -13,7 +13,7 @@ import pytest
 import freemerge
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.verify import verify
-from freemerge.errors import ChangedInputError, CheckpointError, OutputError, PlanError, RecipeError, UnavailableError
+from freemerge.errors import ChangedInputError, CheckpointError, OutputError, PlanError, RecipeError
 from freemerge.kernels.array import BFLOAT16
 from freemerge.testing import tiny_llama, tiny_vit, tiny_vit_config, write_checkpoint
 
@@ -272,11 +272,6 @@ def test_the_manifest_describes_the_result(models, tmp_path):
         file.seek(-5, os.SEEK_END)
         file.write(b"x")
     assert any("checksum" in problem or "changed" in problem for problem in verify(tmp_path / "out").problems)
-
-
-def test_a_device_that_is_not_there(models, tmp_path):
-    with pytest.raises(UnavailableError, match="leave the device out"):
-        freemerge.merge("fr", *models, tmp_path / "out", device="cuda")
 
 
 def test_an_unknown_method_names_the_nearest():
