@@ -69,7 +69,7 @@ class Extraction:
                 "expert": expert.name,
                 "method": self.plan.method.name,
                 "mode": self._mode,
-                "backbone": backbone_fingerprint(checksums) if self.sink.keeps_checksums else "in memory",
+                "backbone": backbone_fingerprint(checksums) if checksums else "in memory",
                 "mu": mu,
             }
             sidecar.finish({**facts, **described}, scales)

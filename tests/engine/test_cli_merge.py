@@ -84,7 +84,7 @@ def test_verify_finds_a_changed_byte(zoo):
             ["no parameter 'scalling', did you mean scaling?", "is not true or false"],
         ),
         (["--dtype", "float17"], ["float17 is no dtype to write, did you mean float16?"]),
-        (["--device", "cuda"], ["leave the device out"]),
+        (["--device", "gpu"], ["there are auto, cpu, cuda"]),
     ],
 )
 def test_bad_input_is_told_and_writes_nothing(zoo, arguments, messages):
