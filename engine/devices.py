@@ -154,9 +154,12 @@ def installed(package: str) -> bool:
 
 def cupy_major() -> int | None:
     """The CUDA version the installed cupy is built for, by its distribution's name; None where that does not say."""
-    for distribution in importlib.metadata.packages_distributions().get("cupy", ()):
-        if match := re.fullmatch(r"cupy-cuda(\d+)x", distribution):
-            return int(match[1])
+    for major in range(11, 21):
+        try:
+            importlib.metadata.version(f"cupy-cuda{major}x")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return major
     return None
 
 

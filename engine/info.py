@@ -6,7 +6,7 @@ import platform
 
 import numpy as np
 
-from freemerge import __version__, kernels
+from freemerge import __version__, devices, kernels
 from freemerge.errors import UnavailableError
 from freemerge.kernels import dispatch
 from freemerge.sizes import readable_size
@@ -16,15 +16,15 @@ REQUIRED = ("numpy", "ml_dtypes", "safetensors", "pydantic")
 OPTIONAL = {
     "torch": "not installed: no pickled checkpoints (--allow-pickle), no torch tensors",
     "transformers": "not installed: merged models cannot be loaded as modules here; merging does not need it",
-    "triton": "not installed; not used before the GPU release",
-    "cupy": "not installed; not used before the GPU release",
+    "triton": "not installed: no GPU",
+    "cupy": "not installed: no GPU",
 }
 # one package, several distributions
 _DISTRIBUTIONS = {"cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x")}
 
 
 def facts() -> dict[str, str]:
-    """Name -> value, for people; torch is looked up, not imported."""
+    """Name -> value, for people; torch is looked up, and imported only where a driver has a GPU for it."""
     return {
         "freemerge": __version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
@@ -33,15 +33,41 @@ def facts() -> dict[str, str]:
         "instruction set": dispatch._cpu.isa() if dispatch._cpu else "-",
         "threads": f"{dispatch.threads()} (of {os.cpu_count()} cores)",
         "memory": _memory(),
-        "device": "cpu; the GPU comes in a later release",
+        **_devices(),
         **{package: _version(package) or absence for package, absence in OPTIONAL.items()},
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("FREEMERGE_")},
     }
 
 
 def ops() -> list[dict[str, str]]:
-    """A row for each op: its name, the version that runs here, and why."""
-    return [{"op": op, **_in_use(op)} for op in kernels.ops()]
+    """A row for each op: its name, the version that runs on the CPU here, and why; what its GPU version is made of."""
+    return [{"op": op, **_in_use(op), "gpu": _gpu_tool(op)} for op in kernels.ops()]
+
+
+def _gpu_tool(op: str) -> str:
+    try:
+        return dispatch.gpu_tool(op)
+    except UnavailableError:
+        return "none"
+
+
+def _devices() -> dict[str, str]:
+    """What --device auto means here; the driver and its GPUs, or why none is used."""
+    driver = devices.driver()
+    found = {} if isinstance(driver, str) else {"driver": f"CUDA {'.'.join(map(str, driver.version))}"}
+    reason = devices.why_not()
+    if reason is not None:
+        return {"device": "cpu", "gpu": reason, **found}
+    import torch
+
+    gpus = {f"cuda:{index}": _gpu(torch, index) for index in range(torch.cuda.device_count())}
+    return {"device": ", ".join(gpus), **gpus, **found}
+
+
+def _gpu(torch, index: int) -> str:
+    free, total = map(readable_size, torch.cuda.mem_get_info(index))
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    return f"{torch.cuda.get_device_name(index)}, compute capability {capability}, {free} free of {total}"
 
 
 def _in_use(op: str) -> dict[str, str]:

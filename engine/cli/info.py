@@ -6,7 +6,7 @@ from freemerge.cli.output import print_json, print_table
 
 
 def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """Show versions, instruction set, threads, memory, and which version of each op runs here and why.
+    """Show versions, instruction set, threads, memory, devices, and which version of each op runs here and why.
 
     Example: freemerge info
     """
