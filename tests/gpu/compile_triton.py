@@ -50,7 +50,8 @@ def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
 
 def resources(kernel: triton.JITFunction, arguments: dict, architecture: int) -> dict[str, int]:
     """Registers, shared memory, stack and local memory in bytes, and the PTX's widest load in bits."""
-    options = {"num_warps": arguments["num_warps"], "enable_fp_fusion": False}
+    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    options["enable_fp_fusion"] = False
     compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -58,7 +59,10 @@ def resources(kernel: triton.JITFunction, arguments: dict, architecture: int) ->
         report = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     used = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
-    widest = max((int(count or 1) * int(bits) for count, bits in loads), default=0)
+    copies = re.findall(
+        r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], 0x(\w+)", compiled.asm["ptx"]
+    )  # straight to shared memory
+    widest = max([int(count or 1) * int(bits) for count, bits in loads] + [8 * int(b, 16) for b in copies], default=0)
     return used | {"shared": compiled.metadata.shared, "load": widest}
 
 

@@ -1,7 +1,7 @@
 """What each Triton kernel is compiled with ahead of time: `module.kernel`, an option behind a space, and its arguments.
 
 A string is a type ("*bf16" a pointer, divisible by 16; "i64" a number, "i64:16" one divisible by 16), a tuple of
-strings a tuple of arguments; anything else, None too, is a constant. `num_warps` is the launch option.
+strings a tuple of arguments; anything else, None too, is a constant. `num_warps` and `num_stages` are launch options.
 """
 
 EXPERTS = ("*bf16", "*bf16", "*bf16")
@@ -44,5 +44,41 @@ SIGNATURES = {
     ),
     "weighted_sum._weighted_sum_kernel float32": dict(
         arrays=("*fp32",) * 3, weights=WEIGHTS, out="*fp32", n="i64:16", T=3, BLOCK=1024, num_warps=4
+    ),
+    "_low_pass._analyse_kernel bfloat16": dict(
+        base="*bf16",
+        experts=EXPERTS,
+        weights=WEIGHTS,
+        roots="*fp32",
+        sums="*fp32",
+        rows="i32:16",
+        width="i32:16",
+        count="i32",
+        numbers="i32:16",
+        share="i32:16",
+        ROWS=64,
+        POINTS=32,
+        NUMBERS=128,
+        num_warps=8,
+        num_stages=2,
+    ),
+    "_low_pass._synthesise_kernel bfloat16": dict(
+        base="*bf16",
+        experts=EXPERTS,
+        weights=WEIGHTS,
+        roots="*fp32",
+        times="*fp32",
+        spectrum="*fp32",
+        out="*bf16",
+        rows="i32:16",
+        width="i32:16",
+        count="i32",
+        numbers="i32:16",
+        ADD_BASE=True,
+        ROWS=64,
+        POINTS=64,
+        NUMBERS=32,
+        num_warps=8,
+        num_stages=2,
     ),
 }
