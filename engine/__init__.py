@@ -6,6 +6,7 @@ import importlib
 _HOME = {
     "merge": "freemerge.api",
     "merge_state_dicts": "freemerge.api",
+    "Session": "freemerge.session",
     "FreemergeError": "freemerge.errors",
 }
 

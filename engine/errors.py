@@ -59,11 +59,11 @@ class Problems(str):
     remedy: str
 
 
-def listed(problems: Iterable[str], remedy: str) -> Problems:
+def listed(problems: Iterable[str], remedy: str, outcome: str = "nothing was written") -> Problems:
     """The text of an error that names every problem at once, one to a line, and says what to do."""
     problems = tuple(problems)
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    text = Problems("\n".join([f"{count}, nothing was written", *(f"  {problem}" for problem in problems), remedy]))
+    text = Problems("\n".join([f"{count}, {outcome}", *(f"  {problem}" for problem in problems), remedy]))
     text.listed, text.remedy = problems, remedy
     return text
 

@@ -14,6 +14,7 @@ from freemerge import __version__
 from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
 from freemerge.errors import PlanError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
+from freemerge.kernels.all_finite import all_finite
 from freemerge.kernels.array import Array, is_float, is_tensor
 from freemerge.match import Match, Matcher, never_fits
 from freemerge.methods import Method, TensorPlan
@@ -113,6 +114,14 @@ class Plan:
             add_task_vectors(base, [], [], out=out)
         else:
             out[...] = base
+
+    def why_not_finite(self, task: TensorTask, base: Array, experts: Sequence[Array | None]) -> str:
+        """What to say of a tensor with NaN or Inf in its result; arrays as for `merge`."""
+        labels = [checkpoint.label for checkpoint in (self.base, *self.experts)]
+        inputs = zip(labels, [base, *experts], strict=False)
+        guilty = [label for label, array in inputs if array is not None and not all_finite(array)]
+        found = f"NaN or Inf in {', '.join(guilty)}" if guilty else f"the result does not fit {task.dtype}"
+        return f"{task.name}: {found}"
 
     @property
     def fingerprint(self) -> str:

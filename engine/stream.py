@@ -196,13 +196,7 @@ class Stream:
         self.progress.add(task, 1.0)
 
     def _note_nonfinite(self, unit: Unit, base: Array, experts: list[Array | None]) -> None:
-        inputs = [
-            (self.plan.base.label, base),
-            *((e.label, a) for e, a in zip(self.plan.experts, experts, strict=False)),
-        ]
-        guilty = [label for label, array in inputs if array is not None and not all_finite(array)]
-        found = f"NaN or Inf in {', '.join(guilty)}" if guilty else f"the result does not fit {unit.task.dtype}"
-        problem = f"{unit.task.name}: {found}"
+        problem = self.plan.why_not_finite(unit.task, base, experts)
         with self._lock:
             if problem not in self._problems:
                 self._problems.append(problem)

@@ -22,10 +22,11 @@ LAYERS = [
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["schema", "recipe", "settings", "devices"],
     ["match", "plan"],
-    ["experts.extract", "sinks", "buffers", "readahead"],
+    ["experts.extract", "sinks", "module_sink", "buffers", "readahead"],
     ["placement"],
-    ["stream", "experts.from_model"],
+    ["stream", "resident", "experts.from_model"],
     ["api"],
+    ["session"],
     ["spectrum", "inspect", "info", "testing", "cli", "__main__"],
 ]
 
