@@ -106,12 +106,10 @@ def _driver_trouble() -> str | None:
     found = driver()
     if isinstance(found, str):
         return f"{found}; install or mend NVIDIA's driver, or use the CPU"
-    if not found.gpus:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return "the NVIDIA driver shows no GPU" + (
-            f"; CUDA_VISIBLE_DEVICES={hidden} hides them" if hidden is not None else "; see `nvidia-smi`"
-        )
-    return None
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in ("", "-1") or (hidden is not None and not found.gpus):
+        return f"CUDA_VISIBLE_DEVICES={hidden} hides the GPUs; unset it, or name one of them"
+    return None if found.gpus else "the NVIDIA driver shows no GPU; see `nvidia-smi`"
 
 
 def _torch_trouble() -> str | None:

@@ -53,7 +53,8 @@ def machine(monkeypatch):
         )
         monkeypatch.setitem(sys.modules, "torch", fake)
 
-    monkeypatch.delenv("FREEMERGE_IMPL", raising=False)
+    for variable in ("FREEMERGE_IMPL", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
     return make
 
 
@@ -86,10 +87,12 @@ def test_a_gpu_that_cannot_be_used(machine, trouble, models, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_hidden_gpus_are_said_to_be(machine, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    machine(gpus=())
-    assert "CUDA_VISIBLE_DEVICES=7 hides them" in devices.why_not()
+@pytest.mark.parametrize("value", ["", "-1", "7"])
+def test_hidden_gpus_are_said_to_be(machine, monkeypatch, value):
+    machine(gpus=() if value == "7" else ("NVIDIA H200",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert f"CUDA_VISIBLE_DEVICES={value} hides the GPUs" in devices.why_not()
+    assert devices.find() == []
 
 
 def test_an_implementation_asked_for_keeps_to_the_cpu(machine, monkeypatch):
@@ -222,11 +225,14 @@ def test_a_dry_run_names_the_devices(machine, models):
 # -- the way there and back ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def lane():
+@pytest.fixture(params=["cpu", "cuda"])
+def lane(request):
     import torch
 
-    return Lane(Accelerator(torch.device("cpu"), "here", GIB, lanes=1), chunk=4096)
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    accelerator = Accelerator(torch.device(request.param), "here", GIB, lanes=1)
+    return Lane(accelerator, chunk=4096)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -236,7 +242,7 @@ def test_arrays_arrive_and_return(lane, dtype, shape):
     with lane.current():
         tensor = lane.upload(array)
         assert tuple(tensor.shape) == shape
-        np.testing.assert_array_equal(from_torch(tensor), array)
+        np.testing.assert_array_equal(from_torch(tensor.cpu()), array)
         back, position = np.empty(array.size, dtype), 0
         for first, part in lane.download(tensor):
             assert first == position

@@ -1,0 +1,76 @@
+"""Whole merges with the real kernels: from files through the device, and of tensors that lie there."""
+
+import numpy as np
+import pytest
+import torch
+
+import freemerge
+from freemerge.checkpoint.reader import open_checkpoint
+from freemerge.checkpoint.torch_arrays import from_torch
+from freemerge.checkpoint.verify import verify
+from freemerge.kernels.array import BFLOAT16
+from freemerge.testing import random_array, tiny_llama, tiny_llama_config, to_gpu, write_checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "interpreter"
+SMALL = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "vocab_size": 70}
+
+
+def state_dicts():
+    """A base and two experts near it."""
+    base = tiny_llama(0, dtype=BFLOAT16, **SMALL)
+    moves = [
+        [random_array(array.shape, np.float32, 1000 * t + i, 0.004) for i, array in enumerate(base.values())]
+        for t in (1, 2)
+    ]
+    experts = [
+        {
+            name: (array.astype(np.float32) + step).astype(BFLOAT16)
+            for (name, array), step in zip(base.items(), steps, strict=True)
+        }
+        for steps in moves
+    ]
+    return base, experts
+
+
+def ordered(array):
+    """bfloat16 as integers in the order of the numbers: neighbours differ by one."""
+    bits = array.view(np.int16).astype(np.int32)
+    return np.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def assert_agree(merged, expected, ulps):
+    assert merged.keys() == expected.keys()
+    for name, array in merged.items():
+        assert np.abs(ordered(array) - ordered(expected[name])).max(initial=0) <= ulps, name
+
+
+METHODS = {"average": ({}, 0), "linear": ({"weight": 0.4}, 0), "task_arithmetic": ({"scaling": 0.5}, 0)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_through_the_device(tmp_path, method):
+    parameters, ulps = METHODS[method]
+    base, experts = state_dicts()
+    folders = [
+        write_checkpoint(tmp_path / str(i), tensors, config=tiny_llama_config(**SMALL))
+        for i, tensors in enumerate([base, *experts])
+    ]
+    freemerge.merge(method, folders[0], folders[1:], tmp_path / "out", device=DEVICE, **parameters)
+    assert not verify(tmp_path / "out").problems
+    written = open_checkpoint(tmp_path / "out")
+    merged = {name: written.read(name) for name in written.tensors}
+    assert_agree(merged, freemerge.merge_state_dicts(method, base, experts, **parameters), ulps)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_on_the_device(method):
+    parameters, ulps = METHODS[method]
+    base, experts = state_dicts()
+    there = [{name: to_gpu(array) for name, array in tensors.items()} for tensors in (base, *experts)]
+    merged = freemerge.merge_state_dicts(method, there[0], there[1:], device=DEVICE, **parameters)
+    assert {tensor.device for tensor in merged.values()} == {tensor.device for tensor in there[0].values()}
+    assert_agree(
+        {name: from_torch(tensor.cpu()) for name, tensor in merged.items()},
+        freemerge.merge_state_dicts(method, base, experts, **parameters),
+        ulps,
+    )
