@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from freemerge import devices, methods
+from freemerge import devices, methods, resident
 from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, write_manifest
 from freemerge.checkpoint.memory import MemoryCheckpoint
@@ -247,10 +247,11 @@ def merge_state_dicts(
     sink = MemorySink(plan)
     cut_out = {name: MemoryExpert(name) for name in named} if plan.method.writes_experts else {}
     extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
+    run = {"extraction": extraction, "check_finite": check_finite}
     if lies_on_gpu(plan):
-        accelerators = []
-    run = {"max_memory": 1 << 62, "check_finite": check_finite, "accelerators": accelerators}
-    Stream(plan, sink, extraction=extraction, **run).run()
+        resident.run(plan, sink, **run)
+    else:
+        Stream(plan, sink, max_memory=1 << 62, accelerators=accelerators, **run).run()
     merged = MergedStateDict((name, reference.like_input(name, sink.tensors[name])) for name in reference.tensors)
     merged.experts = tuple(cut_out.values())
     return merged

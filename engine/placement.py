@@ -1,4 +1,4 @@
-"""Where a unit of a stream is merged: in host memory, on the GPU its inputs are sent to, or where they already lie.
+"""Where a unit of a stream is merged: in host memory, or on a GPU that its inputs are sent to.
 
 A placement has
 
@@ -8,7 +8,6 @@ A placement has
     store(unit, out, hashed)   bring `out` to the sink, calling hashed(first_element, array) with runs of it, in order
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -95,23 +94,6 @@ class OnHost:
         return home if is_tensor(home) == is_tensor(self._plan.base.read(unit.task.name)) else None
 
 
-class WhereTheyLie(OnHost):
-    """On the GPU that holds inputs and results, on the caller's own stream: after what it has begun to compute there.
-
-    Made in the caller's thread.
-    """
-
-    def __init__(self, plan: Plan, sink, buffers: BufferPool):
-        super().__init__(plan, sink, buffers)
-        current = sys.modules["torch"].cuda.current_stream
-        self._streams = {device: current(device) for device in _devices(plan) if device.type == "cuda"}
-
-    def reserved(self, unit: Unit) -> AbstractContextManager:
-        base = self._plan.base.read(unit.task.name)
-        stream = self._streams.get(base.device) if is_tensor(base) else None
-        return nullcontext() if stream is None else sys.modules["torch"].cuda.stream(stream)
-
-
 class OnAccelerator:
     """On a GPU, through a lane of its own: inputs are sent there, results fetched into the sink."""
 
@@ -162,12 +144,7 @@ def inputs(plan: Plan, unit: Unit) -> tuple[Array, list[Array | None]]:
 
 def lies_on_gpu(plan: Plan) -> bool:
     """Whether inputs are tensors on a device, to be merged there."""
-    return bool(_devices(plan))
-
-
-def _devices(plan: Plan) -> set:
-    arrays = (plan.base.read(task.name) for task in plan.tasks)
-    return {array.device for array in arrays if is_tensor(array)}
+    return any(is_tensor(plan.base.read(task.name)) for task in plan.tasks)
 
 
 def check_together(plan: Plan) -> None:

@@ -16,7 +16,7 @@ REMEDY = "Mend the model, or pass check_finite=False to merge it as it is."
 
 
 def run(plan: Plan, sink, *, extraction=None, check_finite: bool = True) -> None:
-    """Merge every tensor of `plan` into `sink`; inputs are NumPy arrays, or tensors on one device.
+    """Merge every tensor of `plan` into `sink`; inputs are NumPy arrays, or tensors, those of a task on one device.
 
     Args:
         plan, sink, extraction, check_finite: as for stream.Stream.
@@ -94,7 +94,8 @@ class _Finiteness:
         """Raise CheckpointError where something was found, naming the inputs that have it too."""
         if self._largest:
             torch = sys.modules["torch"]
-            finite = torch.stack([largest for _, largest in self._largest]).isfinite().tolist()
+            device = self._largest[0][1].device  # a model may lie on several
+            finite = torch.stack([largest.to(device) for _, largest in self._largest]).isfinite().tolist()
             tasks = [task for task, _ in self._largest]
             self._broken |= {task.name: task for task, fine in zip(tasks, finite, strict=True) if not fine}
         if self._broken:

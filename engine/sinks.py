@@ -16,7 +16,7 @@ from freemerge.checkpoint.checksum import checksum
 from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter
-from freemerge.kernels.array import Array, empty
+from freemerge.kernels.array import Array, empty, numel
 from freemerge.plan import Plan
 
 
@@ -69,7 +69,7 @@ class MemorySink:
         self.direct = self.read = self.tensors.__getitem__
 
     def write(self, name: str, first_element: int, array: Array) -> None:
-        tensor = self.tensors[name].reshape(-1)[first_element : first_element + array.size]
+        tensor = self.tensors[name].reshape(-1)[first_element : first_element + numel(array)]
         tensor[...] = placed_like(array.reshape(-1), tensor)
 
     def tie(self, name: str, other: str) -> Array:

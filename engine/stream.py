@@ -12,12 +12,12 @@ from freemerge.errors import CheckpointError, listed
 from freemerge.kernels import dispatch
 from freemerge.kernels.all_finite import all_finite
 from freemerge.kernels.array import Array, is_float
-from freemerge.placement import OnAccelerator, OnHost, Unit, WhereTheyLie, lies_on_gpu
+from freemerge.placement import OnAccelerator, OnHost, Unit
 from freemerge.plan import Plan, TensorTask
 from freemerge.readahead import ReadAhead
 
 BESIDE_BUFFERS = 256 << 20  # of the memory limit: the interpreter, its libraries, small arrays
-ON_GPU = 8  # pieces of a tensor that a GPU merges at once
+ON_GPU = 8  # pieces (checksum.PIECE) of a tensor that a GPU merges at once
 MOST_PROBLEMS = 20
 
 
@@ -32,7 +32,7 @@ class Stream:
             to the mapped output.
         check_finite: whether an infinity or NaN in the result is an error.
         progress: called as progress(done_bytes, total_bytes) from any thread.
-        accelerators: the GPUs that inputs are sent to (devices.find); without, they are merged where they lie.
+        accelerators: the GPUs that inputs are sent to (devices.find); without, they are merged on the CPU.
     """
 
     def __init__(
@@ -55,8 +55,7 @@ class Stream:
         lanes = sum(_lanes(accelerator, accelerators) for accelerator in accelerators)
         self._chunk = min(CHUNK, max(4096, memory // (8 * max(lanes, 1)) // 4096 * 4096))
         buffers = BufferPool(memory - 2 * self._chunk * lanes)
-        self._in_place = not accelerators and lies_on_gpu(plan)
-        self._host = (WhereTheyLie if self._in_place else OnHost)(plan, sink, buffers)
+        self._host = OnHost(plan, sink, buffers)
         self._units: deque[Unit] = deque()
         self._checksums: dict[str, PieceChecksum] = {}
         self._lock = threading.Lock()
@@ -66,6 +65,8 @@ class Stream:
 
     def run(self) -> None:
         todo = [task for task in self.plan.tasks if task.name not in self.sink.done]
+        if self.accelerators:  # the largest first: one that came last would keep a single worker busy
+            todo.sort(key=lambda task: -task.nbytes)
         for task in self.plan.tasks:
             if task.name in self.sink.done:
                 self.progress.add(task, 1.0)
@@ -79,7 +80,7 @@ class Stream:
 
     def _split(self, task: TensorTask) -> Iterator[Unit]:
         copied = task.settings is None
-        if self._in_place or (not copied and self.plan.method.scope != "element"):
+        if not copied and self.plan.method.scope != "element":
             yield Unit(task, 0, task.size)
             return
         step = PIECE // task.dtype.itemsize * (ON_GPU if self.accelerators and not copied else 1)

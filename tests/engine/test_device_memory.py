@@ -7,7 +7,7 @@ import torch
 import freemerge
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.torch_arrays import from_torch, placed_like, to_torch
-from freemerge.errors import PlanError
+from freemerge.errors import CheckpointError, PlanError
 from freemerge.kernels import dispatch
 from freemerge.methods import get
 from freemerge.placement import check_together
@@ -100,6 +100,16 @@ def test_integers_and_tied_tensors():
     assert merged["a"].tolist() == merged["b"].tolist() == [1.5] * 3
     assert merged["a"].data_ptr() == merged["b"].data_ptr()
     assert merged["n"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["arrays", "tensors"])
+def test_what_is_not_finite_is_named(kind):
+    base, expert = ({"a": kind(np.ones(3, np.float32)), "b": kind(np.ones((2, 5), np.float32))} for _ in range(2))
+    expert["b"][1, 2] = np.nan
+    with pytest.raises(CheckpointError, match="b: NaN or Inf in math"):
+        freemerge.merge_state_dicts("fr", base, {"math": expert}, device="interpreter")
+    merged = freemerge.merge_state_dicts("average", base, {"math": expert}, device="interpreter", check_finite=False)
+    assert np.isnan(np.asarray(merged["b"])).sum() == 1
 
 
 def test_inputs_that_lie_apart_are_listed():
