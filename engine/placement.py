@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from freemerge.accelerator import Accelerator, Lane
 from freemerge.buffers import BufferPool
 from freemerge.checkpoint.torch_arrays import placed_like
-from freemerge.devices import Accelerator, Lane
 from freemerge.errors import PlanError
 from freemerge.kernels.array import Array, is_tensor
 from freemerge.plan import Plan, TensorTask

@@ -220,7 +220,7 @@ class Session:
                 for name in model.tensors:
                     model.prefetch(name)
             return [_Moved(model, _to_host) if _lies_on_gpu(model) else model for model in models]
-        lane = devices.Lane(self._accelerators[0])
+        lane = self._accelerators[0].lane()
         with lane.current():
             return [model if _lies_on(model, self._device) else _Moved(model, lane.upload) for model in models]
 

@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from freemerge.accelerator import CHUNK, Accelerator, is_out_of_memory
 from freemerge.buffers import BufferPool
 from freemerge.checkpoint.checksum import PIECE, PieceChecksum, checksum
-from freemerge.devices import CHUNK, Accelerator, Lane, is_out_of_memory
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels import dispatch
 from freemerge.kernels.all_finite import all_finite
@@ -51,7 +51,7 @@ class Stream:
         self.accelerators = accelerators
         self.progress = _Progress(plan, progress)
         memory = max(max_memory - BESIDE_BUFFERS, max_memory // 2)
-        # a quarter of the memory at most is for copies; see devices.Lane
+        # a quarter of the memory at most is for copies; see accelerator.Lane
         lanes = sum(_lanes(accelerator, accelerators) for accelerator in accelerators)
         self._chunk = min(CHUNK, max(4096, memory // (8 * max(lanes, 1)) // 4096 * 4096))
         buffers = BufferPool(memory - 2 * self._chunk * lanes)
@@ -119,7 +119,7 @@ class Stream:
 
     def _work(self, ahead: ReadAhead, accelerator: Accelerator | None) -> None:
         try:
-            gpu = accelerator and OnAccelerator(self.plan, self.sink, accelerator, Lane(accelerator, self._chunk))
+            gpu = accelerator and OnAccelerator(self.plan, self.sink, accelerator, accelerator.lane(self._chunk))
             while not self._stop and (unit := self._next(gpu)) is not None:
                 ahead.reached(unit.task)
                 if self._run_unit(unit, gpu):

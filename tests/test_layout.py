@@ -20,7 +20,7 @@ LAYERS = [
     ["kernels.triton", "kernels.cuda"],
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
-    ["schema", "recipe", "settings", "devices"],
+    ["schema", "recipe", "settings", "accelerator", "devices"],
     ["match", "plan"],
     ["experts.extract", "sinks", "module_sink", "buffers", "readahead"],
     ["placement"],

@@ -4,6 +4,7 @@ Here the streaming is tested, with stand-ins for the kernels; the kernels are in
 """
 
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 
 import freemerge
 from freemerge import devices
+from freemerge.accelerator import Accelerator, Lane
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.verify import verify
-from freemerge.devices import Accelerator
 from freemerge.errors import CheckpointError
 from freemerge.kernels import dispatch
 from freemerge.testing import tiny_vit, tiny_vit_config, write_checkpoint
@@ -157,6 +158,44 @@ def test_every_dtype(tmp_path, gpu_calls):
         for tensor in tensors_of(tmp_path / dtype).values():
             assert str(tensor.dtype) == dtype
             np.testing.assert_array_equal(tensor.astype(np.float64), 1.5)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "free"])
+def test_an_interrupted_merge_resumes_to_the_same_bytes(merge, models, tmp_path, method):
+    expected = merge(method, "whole")
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(method, "out", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert merge(method, "out", resume=True) == expected
+
+
+@pytest.mark.parametrize("limit", [40_000, 100_000])
+def test_no_more_memory_is_in_use_than_was_granted(merge, monkeypatch, limit):
+    """Inputs and results, that is; for what ops take themselves OnAccelerator.needed adds room."""
+    held, most, lock = 0, 0, threading.Lock()
+    real = Lane.empty
+
+    def change(nbytes):
+        nonlocal held, most
+        with lock:
+            held += nbytes
+            most = max(most, held)
+
+    def empty(lane, shape, dtype):
+        tensor = real(lane, shape, dtype)
+        change(tensor.nbytes)
+        weakref.finalize(tensor, change, -tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(Lane, "empty", empty)
+    merge("task_arithmetic", "out", max_gpu_memory=limit, threads=8)
+    assert limit / 3 < most <= limit
+    assert held == 0
 
 
 # -- memory that runs out -----------------------------------------------------------------------------------------

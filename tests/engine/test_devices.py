@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import freemerge
 from freemerge import cli, devices
+from freemerge.accelerator import Accelerator, is_out_of_memory
 from freemerge.checkpoint.torch_arrays import from_torch
-from freemerge.devices import Accelerator, Driver, Lane
+from freemerge.devices import Driver
 from freemerge.errors import InputError, RecipeError, UnavailableError
 from freemerge.kernels.array import FLOATS
 from freemerge.testing import random_array
@@ -232,7 +233,7 @@ def lane(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
     accelerator = Accelerator(torch.device(request.param), "here", GIB, lanes=1)
-    return Lane(accelerator, chunk=4096)
+    return accelerator.lane(4096)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -268,6 +269,6 @@ def test_what_running_out_of_memory_looks_like():
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: out of memory"),
     ):
-        assert devices.is_out_of_memory(error)
+        assert is_out_of_memory(error)
     for error in (MemoryError(), RuntimeError("CUDA error: unspecified launch failure"), ValueError("out of memory")):
-        assert not devices.is_out_of_memory(error)
+        assert not is_out_of_memory(error)
