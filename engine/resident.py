@@ -107,8 +107,8 @@ class _Finiteness:
 
 
 def _largest_magnitude(tensor: Array) -> Array:
-    """A float64 on the tensor's device; NaN where there is a NaN. Not waited for."""
+    """A number on the tensor's device; NaN where there is a NaN. Not waited for."""
     torch = sys.modules["torch"]
     if dtype_of(tensor).itemsize == 1:
         tensor = tensor.to(torch.float32)  # torch reduces no float8
-    return torch.linalg.vector_norm(tensor, float("inf")).to(torch.float64)
+    return torch.linalg.vector_norm(tensor, float("inf"))
