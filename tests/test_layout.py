@@ -23,7 +23,7 @@ LAYERS = [
     ["schema", "recipe", "settings", "accelerator", "devices"],
     ["match", "plan"],
     ["experts.extract", "sinks", "module_sink", "buffers", "readahead"],
-    ["placement"],
+    ["placement", "inputs"],
     ["stream", "resident", "experts.from_model"],
     ["api"],
     ["session"],
