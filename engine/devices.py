@@ -40,10 +40,14 @@ def find(device: str = "auto", max_gpu_memory: int | None = None) -> list[Accele
         if device == "auto":
             return []
         raise UnavailableError(f"device {device}: {reason}")
-    return _cuda(device, max_gpu_memory)
+    found, refused = _cuda(device, max_gpu_memory)
+    if refused and device != "auto":
+        raise UnavailableError(f"device {device}: {'; '.join(refused)}; `nvidia-smi` shows who uses it")
+    return found
 
 
-def _cuda(device: str, max_gpu_memory: int | None) -> list[Accelerator]:
+def _cuda(device: str, max_gpu_memory: int | None) -> tuple[list[Accelerator], list[str]]:
+    """The GPUs a name means, and what is wrong with those that are there but cannot be used: full, or not shared."""
     import torch
 
     indices = range(torch.cuda.device_count())
@@ -53,7 +57,13 @@ def _cuda(device: str, max_gpu_memory: int | None) -> list[Accelerator]:
             there = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in indices)
             raise UnavailableError(f"device {device}: there is {there}")
         indices = [index]
-    return [Accelerator.cuda(torch.device("cuda", index), max_gpu_memory) for index in indices]
+    found, refused = [], []
+    for index in indices:
+        try:
+            found.append(Accelerator.cuda(torch.device("cuda", index), max_gpu_memory))
+        except RuntimeError as error:
+            refused.append(f"cuda:{index} cannot be used ({str(error).splitlines()[0]})")
+    return found, refused
 
 
 # -- why a GPU is not used ----------------------------------------------------------------------------------------

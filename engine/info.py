@@ -65,7 +65,10 @@ def _devices() -> dict[str, str]:
 
 
 def _gpu(torch, index: int) -> str:
-    free, total = map(readable_size, torch.cuda.mem_get_info(index))
+    try:
+        free, total = map(readable_size, torch.cuda.mem_get_info(index))
+    except RuntimeError as error:
+        return f"{torch.cuda.get_device_name(index)}, cannot be used: {str(error).splitlines()[0]}"
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return f"{torch.cuda.get_device_name(index)}, compute capability {capability}, {free} free of {total}"
 

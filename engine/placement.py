@@ -20,6 +20,10 @@ from freemerge.errors import PlanError
 from freemerge.kernels.array import Array, is_tensor
 from freemerge.plan import Plan, TensorTask
 
+# Bytes an element that methods of tensor scope put beside inputs and result on a GPU, in ops that look at all of it;
+# a filter keeps spectra and the task vector as float32. A guess above what is seen: what is short is made up for.
+BESIDE, BESIDE_FILTERED = 8, 16
+
 Hashed = Callable[[int, Array], None]
 
 
@@ -108,8 +112,9 @@ class OnAccelerator:
         """Bytes of the GPU's memory: inputs, result, and what the method puts beside them."""
         size = unit.stop - unit.start
         moved = unit.nbytes + self._plan.bytes_read(unit.task) * size // max(unit.task.size, 1)
-        # besides its workspace a method of tensor scope may hold the task vector as float32
-        return moved + (unit.task.workspace + 4 * size if self._plan.method.scope == "tensor" else 0)
+        if self._plan.method.scope == "element":
+            return moved
+        return moved + unit.task.workspace + size * (BESIDE_FILTERED if unit.task.workspace else BESIDE)
 
     def reserved(self, unit: Unit) -> AbstractContextManager:
         return self.accelerator.reserve(self.needed(unit))

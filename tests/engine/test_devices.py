@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 
 class FakeCuda:
-    """torch.cuda of a machine with `names`."""
+    """torch.cuda of a machine with `names`; those in `full` let nobody in."""
 
     def __init__(self, names):
         self.names = names
@@ -31,8 +31,13 @@ class FakeCuda:
         self.is_available = lambda: bool(names)
         self.get_device_name = lambda device: names[getattr(device, "index", device)]
         self.get_device_capability = lambda device: (9, 0)
-        self.mem_get_info = lambda device: (100 * GIB, 140 * GIB)
+        self.full = ()
         self.memory_reserved = lambda device: 0
+
+    def mem_get_info(self, device):
+        if getattr(device, "index", device) in self.full:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+        return 100 * GIB, 140 * GIB
 
 
 @pytest.fixture
@@ -113,6 +118,18 @@ def test_all_gpus_or_one(machine):
     with pytest.raises(UnavailableError) as error:
         devices.find("cuda:2")
     assert str(error.value) == "device cuda:2: there is cuda:0 (NVIDIA H200), cuda:1 (NVIDIA A100)"
+
+
+def test_a_gpu_that_lets_nobody_in_is_left_out_or_named(machine):
+    machine()
+    sys.modules["torch"].cuda.full = (1,)
+    assert [str(found) for found in devices.find()] == ["cuda:0 (NVIDIA H200)"]
+    with pytest.raises(UnavailableError) as error:
+        devices.find("cuda")
+    assert str(error.value) == (
+        "device cuda: cuda:1 cannot be used (CUDA error: out of memory); `nvidia-smi` shows who uses it"
+    )
+    assert info()["cuda:1"] == "NVIDIA H200, cannot be used: CUDA error: out of memory"
 
 
 def test_the_budget_is_a_share_of_what_is_free(machine):
