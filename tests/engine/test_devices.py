@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import freemerge
@@ -49,8 +50,6 @@ def machine(monkeypatch):
         monkeypatch.setattr(devices, "driver", lambda: found)
         monkeypatch.setattr(devices, "installed", lambda package: package not in lacks)
         monkeypatch.setattr(devices, "cupy_major", lambda: cupy)
-        import torch
-
         fake = SimpleNamespace(
             __version__="2.13.0",
             version=SimpleNamespace(cuda=cuda),
@@ -243,12 +242,8 @@ def test_a_dry_run_names_the_devices(machine, models):
 # -- the way there and back ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def lane(request):
-    import torch
-
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     accelerator = Accelerator(torch.device(request.param), "here", GIB, lanes=1)
     return accelerator.lane(4096)
 
@@ -277,8 +272,6 @@ def test_a_tensor_already_there_is_not_sent(lane):
 
 
 def test_what_running_out_of_memory_looks_like():
-    import torch
-
     cupy_error = type("OutOfMemoryError", (MemoryError,), {})
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
