@@ -70,7 +70,7 @@ def loadable(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def storable(out: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-    """What a kernel can write in the place of `out`: for float8, a tensor of the dtype of the arithmetic over `base`."""
+    """What a kernel can write in place of `out`: for float8, a tensor of the dtype of the arithmetic over `base`."""
     if out.dtype not in FLOAT8:
         return out
     wide = torch.float64 if base is not None and base.dtype == torch.float64 else torch.float32
