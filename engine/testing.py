@@ -54,6 +54,17 @@ def interpret_triton() -> None:
 
     interpreter._patch_lang_tensor = patch_and_mend
 
+    patched = set()
+
+    def call(function, *args, **kwargs):
+        # patching Triton's language for each function a kernel calls, as it does, takes most of a test's time
+        if function.fn.__module__ not in patched and function.fn.__module__.startswith("triton."):
+            interpreter._patch_lang(function.fn)
+            patched.add(function.fn.__module__)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
 
 def to_gpu(array: Array):
     """A copy as a torch tensor: on the GPU where there is one, else on the CPU, for Triton's interpreter."""
