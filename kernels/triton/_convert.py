@@ -85,9 +85,10 @@ def store(values: torch.Tensor, out: torch.Tensor) -> None:
     """
     if values is out:
         return
+    values = values if values.dtype == out.dtype else loadable(values)
     if values.dtype == torch.float64 and out.dtype.itemsize < 4:
         values = _tensor_to_odd(values)
-    if out.dtype == torch.float8_e4m3fn:
+    if out.dtype == torch.float8_e4m3fn != values.dtype:
         nan = torch.full_like(values, torch.nan).copysign(values)
         values = torch.where(values.abs() > 464, nan, values)  # 464 is the tie of 448, the largest, and the next
     out.copy_(values)
