@@ -87,7 +87,7 @@ def possible_plans(
     plans = []
     for axis in (0, 1):
         length, lines = shape[axis], shape[1 - axis]
-        kept, mixed, dropped = _column_kinds(column_bounds(shape, axis, cutoff, radius_from, inner_ring), lines)
+        kept, mixed, dropped = _column_counts(column_bounds(shape, axis, cutoff, radius_from, inner_ring), lines)
         if axis == 1 and 4 * removed <= length * lines:  # a small difference of large numbers is not accurate
             plans.append(_complement_plan(length, lines, mixed + dropped, removed, doubled))
         plans.extend(_sweeps_plans(axis, length, lines, kept, mixed, removed, doubled))
@@ -172,15 +172,20 @@ def _counts(shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inne
     return rows * columns - int((within(inner) + ring - doubled).sum()), int(doubled.sum())
 
 
-def _column_kinds(bounds: np.ndarray, lines: int) -> tuple[int, int, int]:
-    """Columns with gain 1; of the half spectrum, columns with more than one gain, and columns with gain 0."""
+def column_kinds(bounds: np.ndarray, lines: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which columns have gain 1, and which have gain 0: [length] bool each. The others have more than one gain."""
     inner, below, outer = bounds
-    length, ring = bounds.shape[1], outer > below
+    ring = outer > below
     keep = np.where(ring, (inner == below) & (outer == lines // 2), inner == lines // 2)
     drop = (inner < 0) & ~ring
-    mirrored = -np.arange(length) % length
-    keep, drop = keep & keep[mirrored], drop & drop[mirrored]
-    half = slice(length // 2 + 1)
+    mirrored = -np.arange(bounds.shape[1]) % bounds.shape[1]
+    return keep & keep[mirrored], drop & drop[mirrored]
+
+
+def _column_counts(bounds: np.ndarray, lines: int) -> tuple[int, int, int]:
+    """Columns with gain 1; of the half spectrum, columns with more than one gain, and columns with gain 0."""
+    keep, drop = column_kinds(bounds, lines)
+    half = slice(bounds.shape[1] // 2 + 1)
     return int(keep.sum()), int((~keep & ~drop)[half].sum()), int(drop[half].sum())
 
 

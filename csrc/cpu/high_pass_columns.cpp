@@ -1,7 +1,6 @@
 #include "freemerge/high_pass_columns.h"
 
-#include <cstdlib>
-
+#include "freemerge/gain.h"
 #include "freemerge/scratch.h"
 #include "freemerge/threads.h"
 
@@ -57,14 +56,14 @@ void Columns::multiply(float* x, std::size_t block, const Transform& transform, 
   }
   const auto lines = static_cast<std::int32_t>(plan_.lines());
   for (std::int32_t u = 0; u < lines; ++u) {
-    const std::int32_t here = std::abs(u - lines / 2), there = std::abs((lines - u) % lines - lines / 2);
+    const std::int32_t here = distance(u, lines), there = mirrored_distance(u, lines);
     float* point = x + transform.position()[u] * POINT;
     for (std::size_t lane = 0; lane < LANES; ++lane) {
-      const std::int32_t twice = (here <= inner[0][lane]) + ((here > below[0][lane]) & (here <= outer[0][lane])) +
-                                 (there <= inner[1][lane]) + ((there > below[1][lane]) & (there <= outer[1][lane]));
-      const float gain = factor * (0.5f * static_cast<float>(twice) - less);
-      point[lane] *= gain;
-      point[LANES + lane] *= gain;
+      const std::int32_t twice =
+          gain(here, inner[0][lane], below[0][lane], outer[0][lane]) + gain(there, inner[1][lane], below[1][lane], outer[1][lane]);
+      const float scale = factor * (0.5f * static_cast<float>(twice) - less);
+      point[lane] *= scale;
+      point[LANES + lane] *= scale;
     }
   }
 }

@@ -1,7 +1,30 @@
-// Vectors of floats as wide as the instruction set has them. Files of csrc/cpu only.
+// Vectors of floats as wide as the instruction set has them; on a GPU, where each thread is a lane, a single float.
 #pragma once
+#if defined(FREEMERGE_CUDA)   // csrc/cuda: NVRTC has no standard headers
+
+#define FREEMERGE_INLINE __device__ __forceinline__
+#define FREEMERGE_UNROLL(most) _Pragma("unroll")
+
+namespace freemerge {
+namespace FREEMERGE_ISA {
+
+typedef float Vec;
+
+FREEMERGE_INLINE Vec splat(float value) { return value; }
+FREEMERGE_INLINE Vec fma(Vec a, Vec b, Vec c) { return __fmaf_rn(a, b, c); }
+FREEMERGE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return __fmaf_rn(-a, b, c); }
+
+}  // namespace FREEMERGE_ISA
+}  // namespace freemerge
+
+#else   // csrc/cpu
+
 #include <cstdint>
 #include <cstring>
+
+#define FREEMERGE_INLINE inline
+#define FREEMERGE_PRAGMA(text) _Pragma(#text)
+#define FREEMERGE_UNROLL(most) FREEMERGE_PRAGMA(GCC unroll most)
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -85,3 +108,5 @@ inline void transpose_8x8(const float* source, std::size_t source_stride, float*
 
 }  // namespace FREEMERGE_ISA
 }  // namespace freemerge
+
+#endif

@@ -1,0 +1,197 @@
+"""The form of the high-pass filter that suits a matrix on a GPU, by a model of its cost; which lengths a block transforms."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from freemerge.kernels._high_pass_plan import (
+    InnerRing,
+    RadiusFrom,
+    check_parameters,
+    column_bounds,
+    column_kinds,
+)
+
+LARGEST_RADIX = 61  # as in csrc/include/freemerge/butterfly.h: butterflies in registers
+LARGEST_PRIME = 127  # direct sums by all threads of a block
+SHARED_MEMORY = 232_448  # bytes a block may have on sm_90; 166,912 on sm_80
+
+# An H200, in units a nanosecond: bytes of device memory, bytes of shared memory, instructions of a thread.
+# Not measured: nine tenths of 4.8 TB/s; 132 multiprocessors at 1.7 GHz, 128 bytes and 128 instructions a clock, at two thirds.
+DEVICE_BYTES, SHARED_BYTES, INSTRUCTIONS = 4_300.0, 19_000.0, 19_000.0
+LAUNCH = 4_000.0  # nanoseconds a kernel costs at least
+
+
+@dataclass(frozen=True)
+class HighPassGpuPlan:
+    """How a matrix of one shape is filtered on a GPU.
+
+    Attributes:
+        form: "keep" (nothing is removed: no transform), "sweeps" (transform all lines in shared memory, and across
+            them only the columns the mask cuts) or "whole" (a line fits no block: cuFFT on the whole matrix).
+        axis: 1 where the lines are rows; 0 where they are columns: the matrix is transposed on the way in and out.
+        removed: share of the coefficients with gain 0.
+        kept, mixed: columns of the lines' spectrum stored as they are; and, of half of it, filtered across the lines.
+        across: where that happens: "shared" memory, or "cufft" where the columns are too long or of an awkward length.
+        workspace: bytes of device memory.
+        nanoseconds: predicted for an H200 and three experts of two bytes.
+    """
+
+    form: Literal["keep", "sweeps", "whole"]
+    axis: Literal[0, 1]
+    removed: float
+    kept: int
+    mixed: int
+    across: Literal["shared", "cufft"]
+    workspace: int
+    nanoseconds: float
+
+    def describe(self) -> str:
+        """A line for `--dry-run`."""
+        how = {
+            "keep": "no transform",
+            "sweeps": f"two sweeps over {('columns', 'rows')[self.axis]}, {self.mixed} columns across"
+            + (" by cuFFT" if self.across == "cufft" and self.mixed else ""),
+            "whole": "cuFFT on the whole matrix",
+        }[self.form]
+        return f"removes {self.removed:.3%}; {how}; {self.workspace / 2**20:.1f} MiB; {self.nanoseconds / 1000:.0f} us"
+
+
+@lru_cache(maxsize=1024)
+def plan_high_pass_gpu(
+    shape: tuple[int, int],
+    *,
+    cutoff: float = 0.7,
+    radius_from: RadiusFrom = "min",
+    inner_ring: InnerRing = "clean",
+    shared_memory_bytes: int = SHARED_MEMORY,
+) -> HighPassGpuPlan:
+    """Choose the form and the axis of the filter for a matrix H x W: the cheapest by a model of its cost.
+
+    Raises:
+        RecipeError: `cutoff` is negative or not a number, or a name is unknown.
+    """
+    mask = (tuple(int(size) for size in shape), float(cutoff), radius_from, inner_ring)
+    return min(possible_gpu_plans(*mask, shared_memory_bytes), key=lambda plan: plan.nanoseconds)
+
+
+def possible_gpu_plans(
+    shape: tuple[int, int], cutoff: float, radius_from: RadiusFrom, inner_ring: InnerRing, shared_memory_bytes: int
+) -> list[HighPassGpuPlan]:
+    """Every form that gives the right answer, for the choice and for tests."""
+    check_parameters(cutoff, radius_from, inner_ring)
+    size = shape[0] * shape[1]
+    if size == 0:
+        return [HighPassGpuPlan("keep", 1, 0.0, 0, 0, "shared", 0, 0.0)]
+    plans = []
+    for axis in (0, 1):
+        length, lines = shape[axis], shape[1 - axis]
+        keep, drop = column_kinds(column_bounds(shape, axis, cutoff, radius_from, inner_ring), lines)
+        removed = _removed(column_bounds(shape, axis, cutoff, radius_from, inner_ring), lines)
+        kept, mixed = int(keep.sum()), int((~keep & ~drop)[: length // 2 + 1].sum())
+        if kept == length:
+            return [HighPassGpuPlan("keep", 1, 0.0, kept, 0, "shared", 0, LAUNCH + 10 * size / DEVICE_BYTES)]
+        if fits(length, shared_memory_bytes):
+            across = "shared" if fits(lines, shared_memory_bytes) else "cufft"
+            plans.append(_sweeps_plan(axis, length, lines, removed, kept, mixed, across))
+    return plans or [_whole_plan(size, removed)]
+
+
+def _removed(bounds: np.ndarray, lines: int) -> float:
+    inner, below, outer = bounds.astype(np.int64)
+
+    def within(bound):
+        return np.clip(2 * bound + 1, 0, lines)
+
+    twice = np.maximum(within(np.minimum(inner, outer)) - within(below), 0)
+    some = within(inner) + np.maximum(within(outer) - within(below), 0) - twice
+    return 1 - float(some.sum()) / (lines * bounds.shape[1])
+
+
+# ---- lengths ----
+
+
+@lru_cache(maxsize=256)
+def radices(n: int) -> tuple[int, ...] | None:
+    """The passes of a transform of n points by one block, or None where a prime factor is too large.
+
+    Small odd factors come first, where a block's points lie far apart, then powers of two, whose strides the order of
+    points in shared memory suits; last the primes above 13, with many registers each. The first pass holds the inputs
+    of its points and is no larger than 16; the last has a butterfly in registers: a pass of radix 1 does nothing.
+    """
+    rest, twos, odd = n, 0, []
+    while rest % 2 == 0:
+        rest, twos = rest // 2, twos + 1
+    for prime in range(3, LARGEST_PRIME + 1, 2):
+        while rest % prime == 0:
+            rest //= prime
+            odd.append(prime)
+    if rest > 1:
+        return None
+    passes = -(-twos // 4)
+    powers = [2 ** (twos // passes + (k < twos % passes)) for k in range(passes)]
+    order = [p for p in odd if p <= 13] + powers + [p for p in reversed(odd) if p > 13]
+    if not order or order[0] > 16 or len(order) == 1:
+        order.insert(0, 1)
+    if order[-1] > LARGEST_RADIX or len(order) == 1:
+        order.append(1)
+    return tuple(order)
+
+
+def point_bytes(n: int) -> int:
+    """Shared memory n points take."""
+    return -(-n // 16) * 16 * 8
+
+
+def fits(n: int, shared_memory_bytes: int) -> bool:
+    """Whether one block transforms n points in its shared memory."""
+    return point_bytes(n) <= shared_memory_bytes and radices(n) is not None
+
+
+# ---- what it costs ----
+
+
+def _transform(n: int) -> tuple[float, float]:
+    """(bytes of shared memory, instructions) for each complex point of a transform of n points."""
+    trips, instructions = 0.0, 0.0
+    for radix in radices(n):
+        trips += 16 * (1 if radix <= LARGEST_RADIX else radix / 2)
+        twiddles = 8 if radix > 1 else 0
+        butterfly = 2.5 * np.log2(radix) if radix <= 16 else radix if radix <= LARGEST_RADIX else 3 * radix
+        instructions += twiddles + butterfly
+    return trips, instructions
+
+
+def _sweep(points: float, transform: tuple[float, float], device_bytes: float, instructions: float) -> float:
+    """Nanoseconds: the slowest of the three, and a quarter of the others, which overlap in part."""
+    shared, own = transform
+    parts = sorted([device_bytes / DEVICE_BYTES, points * shared / SHARED_BYTES, (points * own + instructions) / INSTRUCTIONS])
+    return LAUNCH + parts[2] + 0.25 * (parts[0] + parts[1])
+
+
+def _sweeps_plan(
+    axis: int, length: int, lines: int, removed: float, kept: int, mixed: int, across: str
+) -> HighPassGpuPlan:
+    size, points = length * lines, length * -(-lines // 2)
+    inputs, outputs, ends = 8.0, 4.0, (20, 8)
+    stored = 8.0 * (kept * -(-lines // 2) + mixed * lines)
+    nanoseconds = 0.0
+    if axis == 0:  # float32 in between, transposed
+        nanoseconds += _sweep(0, (0, 0), 12.0 * size, 25 * size) + _sweep(0, (0, 0), 8.0 * size, 12 * size)
+        inputs, outputs, ends = 4.0, 4.0, (4, 4)
+    shared, own = _transform(length)
+    nanoseconds += _sweep(points, (shared, own), inputs * size + stored, ends[0] * size)
+    nanoseconds += _sweep(points, (shared + 8, own), outputs * size + stored, ends[1] * size)
+    if across == "shared":
+        shared, own = _transform(lines)
+        nanoseconds += _sweep(mixed * lines, (2 * shared, 2 * own + 12), 16.0 * mixed * lines, 0) if mixed else 0.0
+    else:
+        nanoseconds += 7 * (LAUNCH + 16.0 * mixed * lines / DEVICE_BYTES)
+    workspace = int(stored) + (4 * size if axis == 0 else 0)
+    return HighPassGpuPlan("sweeps", axis, removed, kept, mixed, across, workspace, nanoseconds)
+
+
+def _whole_plan(size: int, removed: float) -> HighPassGpuPlan:
+    return HighPassGpuPlan("whole", 1, removed, 0, 0, "cufft", 12 * size, 12 * LAUNCH + 90.0 * size / DEVICE_BYTES)
