@@ -1,29 +1,10 @@
 // Storage types: a kernel is compiled for one of each kind (-DEXPERT=BF16 and so on). float8 is converted by the launcher.
 #pragma once
+#include "device.h"
 #include "freemerge/simd.h"
 
 namespace freemerge {
 namespace FREEMERGE_ISA {
-
-#if !defined(FREEMERGE_EMULATED)   // tests/gpu/emulator.h has its own
-__device__ inline float float_of_half(unsigned short bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-
-__device__ inline unsigned short half_of_float(float value) {
-  unsigned short bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-
-__device__ inline unsigned short bfloat16_of_float(float value) {
-  unsigned short bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-#endif
 
 // double to float by "round to odd": the rounding to a narrower type that follows is then as good as the only one
 __device__ inline float to_odd(double value) {

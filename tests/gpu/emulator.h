@@ -1,0 +1,69 @@
+// CUDA C++ for g++: what csrc/cuda uses of it, on the machinery of emulator.cpp.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __syncthreads() emulator_barrier(__LINE__)
+#define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulator_shared_memory)
+#define SHARED_READ(address) emulator_access(address, sizeof *(address), false)
+#define SHARED_WRITE(address) emulator_access(address, sizeof *(address), true)
+
+struct float2 {
+  float x, y;
+};
+struct int2 {
+  int x, y;
+};
+struct Index {
+  unsigned x, y, z;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+extern Index threadIdx, blockIdx;
+extern void* emulator_shared_memory;
+void emulator_barrier(int line);
+void emulator_access(const void* address, std::size_t bytes, bool write);
+
+template <class To, class From>
+To emulator_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float_as_int(float value) { return emulator_bits<int>(value); }
+inline float __int_as_float(int bits) { return emulator_bits<float>(bits); }
+
+inline float __double2float_rz(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+inline float float_of_half(unsigned short bits) { return static_cast<float>(emulator_bits<_Float16>(bits)); }
+inline unsigned short half_of_float(float value) { return emulator_bits<unsigned short>(static_cast<_Float16>(value)); }
+
+inline unsigned short bfloat16_of_float(float value) {
+  const std::uint32_t bits = emulator_bits<std::uint32_t>(value);
+  if (value != value) return 0x7fff;
+  return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// A kernel of any signature, called with the addresses of its arguments
+template <class... Arguments, std::size_t... I>
+void emulator_call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_reference_t<Arguments>*>(arguments[I])...);
+}
+template <class... Arguments>
+void emulator_call(void (*kernel)(Arguments...), void** arguments) {
+  emulator_call(kernel, arguments, std::index_sequence_for<Arguments...>());
+}
+#define EMULATED(kernel) \
+  extern "C" void emulated_##kernel(void** arguments) { emulator_call(kernel, arguments); }
