@@ -1,4 +1,4 @@
-"""The form of the high-pass filter that suits a matrix on a GPU, by a model of its cost; which lengths a block transforms."""
+"""The form of the high-pass filter that suits a matrix on a GPU, by its cost; which lengths a block transforms."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +19,9 @@ LARGEST_PRIME = 127  # direct sums by all threads of a block
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90; 166,912 on sm_80
 
 # An H200, in units a nanosecond: bytes of device memory, bytes of shared memory, instructions of a thread.
-# Not measured: nine tenths of 4.8 TB/s; 132 multiprocessors at 1.7 GHz, 128 bytes and 128 instructions a clock, at two thirds.
+# Not measured: nine tenths of 4.8 TB/s; 132 multiprocessors at 1.7 GHz, 128 bytes and 128 instructions a clock, at 2/3.
 DEVICE_BYTES, SHARED_BYTES, INSTRUCTIONS = 4_300.0, 19_000.0, 19_000.0
+TENSOR_FLOPS = 250_000.0  # tf32, half of what they do at best
 LAUNCH = 4_000.0  # nanoseconds a kernel costs at least
 
 
@@ -29,17 +30,20 @@ class HighPassGpuPlan:
     """How a matrix of one shape is filtered on a GPU.
 
     Attributes:
-        form: "keep" (nothing is removed: no transform), "sweeps" (transform all lines in shared memory, and across
-            them only the columns the mask cuts) or "whole" (a line fits no block: cuFFT on the whole matrix).
+        form: "keep" (nothing is removed: no transform), "complement" (subtract the few coefficients removed, by
+            products on tensor cores), "sweeps" (transform all lines in shared memory, and across them only the columns
+            the mask cuts) or "whole" (a line fits no block: cuFFT on the whole matrix).
         axis: 1 where the lines are rows; 0 where they are columns: the matrix is transposed on the way in and out.
         removed: share of the coefficients with gain 0.
-        kept, mixed: columns of the lines' spectrum stored as they are; and, of half of it, filtered across the lines.
+        kept: columns of the lines' spectrum stored as they are; in sweeps.
+        mixed: columns of half the lines' spectrum that are filtered across the lines: in sweeps those with more than
+            one gain, in the complement all with a gain other than 1.
         across: where that happens: "shared" memory, or "cufft" where the columns are too long or of an awkward length.
         workspace: bytes of device memory.
         nanoseconds: predicted for an H200 and three experts of two bytes.
     """
 
-    form: Literal["keep", "sweeps", "whole"]
+    form: Literal["keep", "complement", "sweeps", "whole"]
     axis: Literal[0, 1]
     removed: float
     kept: int
@@ -50,10 +54,11 @@ class HighPassGpuPlan:
 
     def describe(self) -> str:
         """A line for `--dry-run`."""
+        by = " by cuFFT" if self.across == "cufft" and self.mixed else ""
         how = {
             "keep": "no transform",
-            "sweeps": f"two sweeps over {('columns', 'rows')[self.axis]}, {self.mixed} columns across"
-            + (" by cuFFT" if self.across == "cufft" and self.mixed else ""),
+            "complement": f"complement, {self.mixed} columns{by}",
+            "sweeps": f"two sweeps over {('columns', 'rows')[self.axis]}, {self.mixed} columns across{by}",
             "whole": "cuFFT on the whole matrix",
         }[self.form]
         return f"removes {self.removed:.3%}; {how}; {self.workspace / 2**20:.1f} MiB; {self.nanoseconds / 1000:.0f} us"
@@ -67,14 +72,22 @@ def plan_high_pass_gpu(
     radius_from: RadiusFrom = "min",
     inner_ring: InnerRing = "clean",
     shared_memory_bytes: int = SHARED_MEMORY,
+    float64: bool = False,
 ) -> HighPassGpuPlan:
     """Choose the form and the axis of the filter for a matrix H x W: the cheapest by a model of its cost.
+
+    Args:
+        shared_memory_bytes: what a block may have on the device.
+        float64: whether the base or an expert is; the products of the complement take none.
 
     Raises:
         RecipeError: `cutoff` is negative or not a number, or a name is unknown.
     """
     mask = (tuple(int(size) for size in shape), float(cutoff), radius_from, inner_ring)
-    return min(possible_gpu_plans(*mask, shared_memory_bytes), key=lambda plan: plan.nanoseconds)
+    plans = possible_gpu_plans(*mask, shared_memory_bytes)
+    return min(
+        (plan for plan in plans if not (float64 and plan.form == "complement")), key=lambda plan: plan.nanoseconds
+    )
 
 
 def possible_gpu_plans(
@@ -86,17 +99,22 @@ def possible_gpu_plans(
     if size == 0:
         return [HighPassGpuPlan("keep", 1, 0.0, 0, 0, "shared", 0, 0.0)]
     plans = []
-    for axis in (0, 1):
+    for axis in (1, 0):
         length, lines = shape[axis], shape[1 - axis]
-        keep, drop = column_kinds(column_bounds(shape, axis, cutoff, radius_from, inner_ring), lines)
-        removed = _removed(column_bounds(shape, axis, cutoff, radius_from, inner_ring), lines)
-        kept, mixed = int(keep.sum()), int((~keep & ~drop)[: length // 2 + 1].sum())
+        bounds = column_bounds(shape, axis, cutoff, radius_from, inner_ring)
+        keep, drop = column_kinds(bounds, lines)
+        removed = _removed(bounds, lines)
+        kept, mixed, others = int(keep.sum()), *(int(c[: length // 2 + 1].sum()) for c in (~keep & ~drop, ~keep))
         if kept == length:
             return [HighPassGpuPlan("keep", 1, 0.0, kept, 0, "shared", 0, LAUNCH + 10 * size / DEVICE_BYTES)]
+        across = "shared" if fits(lines, shared_memory_bytes) else "cufft"
+        if axis == 1:
+            plans.append(_whole_plan(size, removed))
+            if removed <= 0.25:  # a small difference of large numbers is not accurate
+                plans.append(_complement_plan(lines, length, removed, others, across))
         if fits(length, shared_memory_bytes):
-            across = "shared" if fits(lines, shared_memory_bytes) else "cufft"
             plans.append(_sweeps_plan(axis, length, lines, removed, kept, mixed, across))
-    return plans or [_whole_plan(size, removed)]
+    return plans
 
 
 def _removed(bounds: np.ndarray, lines: int) -> float:
@@ -118,8 +136,8 @@ def radices(n: int) -> tuple[int, ...] | None:
     """The passes of a transform of n points by one block, or None where a prime factor is too large.
 
     Small odd factors come first, where a block's points lie far apart, then powers of two, whose strides the order of
-    points in shared memory suits; last the primes above 13, with many registers each. The first pass holds the inputs
-    of its points and is no larger than 16; the last has a butterfly in registers: a pass of radix 1 does nothing.
+    points in shared memory suits; last the primes above 13, with many registers each. The first and the last pass have
+    more to hold in registers and are no larger than 16; a pass of radix 1 does nothing.
     """
     rest, twos, odd = n, 0, []
     while rest % 2 == 0:
@@ -135,7 +153,7 @@ def radices(n: int) -> tuple[int, ...] | None:
     order = [p for p in odd if p <= 13] + powers + [p for p in reversed(odd) if p > 13]
     if not order or order[0] > 16 or len(order) == 1:
         order.insert(0, 1)
-    if order[-1] > LARGEST_RADIX or len(order) == 1:
+    if order[-1] > 16 or len(order) == 1:
         order.append(1)
     return tuple(order)
 
@@ -167,8 +185,10 @@ def _transform(n: int) -> tuple[float, float]:
 def _sweep(points: float, transform: tuple[float, float], device_bytes: float, instructions: float) -> float:
     """Nanoseconds: the slowest of the three, and a quarter of the others, which overlap in part."""
     shared, own = transform
-    parts = sorted([device_bytes / DEVICE_BYTES, points * shared / SHARED_BYTES, (points * own + instructions) / INSTRUCTIONS])
-    return LAUNCH + parts[2] + 0.25 * (parts[0] + parts[1])
+    memory, exchanges = device_bytes / DEVICE_BYTES, points * shared / SHARED_BYTES
+    arithmetic = (points * own + instructions) / INSTRUCTIONS
+    slowest = max(memory, exchanges, arithmetic)
+    return LAUNCH + slowest + 0.25 * (memory + exchanges + arithmetic - slowest)
 
 
 def _sweeps_plan(
@@ -184,13 +204,26 @@ def _sweeps_plan(
     shared, own = _transform(length)
     nanoseconds += _sweep(points, (shared, own), inputs * size + stored, ends[0] * size)
     nanoseconds += _sweep(points, (shared + 8, own), outputs * size + stored, ends[1] * size)
-    if across == "shared":
-        shared, own = _transform(lines)
-        nanoseconds += _sweep(mixed * lines, (2 * shared, 2 * own + 12), 16.0 * mixed * lines, 0) if mixed else 0.0
-    else:
-        nanoseconds += 7 * (LAUNCH + 16.0 * mixed * lines / DEVICE_BYTES)
+    nanoseconds += _across(mixed, lines, across)
     workspace = int(stored) + (4 * size if axis == 0 else 0)
     return HighPassGpuPlan("sweeps", axis, removed, kept, mixed, across, workspace, nanoseconds)
+
+
+def _across(columns: int, lines: int, across: str) -> float:
+    if columns == 0:
+        return 0.0
+    if across == "cufft":
+        return 7 * (LAUNCH + 16.0 * columns * lines / DEVICE_BYTES)
+    shared, own = _transform(lines)
+    return _sweep(columns * lines, (2 * shared, 2 * own + 12), 16.0 * columns * lines, 0)
+
+
+def _complement_plan(lines: int, length: int, removed: float, columns: int, across: str) -> HighPassGpuPlan:
+    size = length * lines
+    products = size * columns * 24 / TENSOR_FLOPS  # there and back, real and imaginary, each in three parts
+    memory = 20.0 * size / DEVICE_BYTES
+    nanoseconds = 2 * LAUNCH + max(memory, products) + min(memory, products) / 4 + _across(columns, lines, across)
+    return HighPassGpuPlan("complement", 1, removed, 0, columns, across, 8 * columns * lines, nanoseconds)
 
 
 def _whole_plan(size: int, removed: float) -> HighPassGpuPlan:

@@ -33,7 +33,7 @@ static void pass(float* x, std::size_t blocks, std::size_t m, const float* twidd
           if (INVERSE && TWIDDLES && k > 0) y[k] = times(y[k], w + 2 * (k - 1));
         }
         if constexpr (ODD)
-          odd_butterfly<RADIX>(y, roots, radix);
+          odd_butterfly<RADIX>(y, roots, radix, InPlace{y});
         else
           butterfly<RADIX>(y);
 #pragma GCC unroll 13

@@ -1,6 +1,6 @@
 // The Fourier transform of N complex points by one block of threads, in place in shared memory. Compiled for one length:
 //   N         points
-//   RADICES   factors of N, comma-separated, at least two of them, the first and the last at most LARGEST_RADIX; 1 is allowed anywhere
+//   RADICES   factors of N, comma-separated, at least two of them, the first and the last at most 16; 1 is allowed anywhere
 //   THREADS   of a block; BLOCKS of them at least on a multiprocessor (for the compiler: how many registers there are)
 // Forward is decimation in frequency (butterfly, then twiddles), inverse decimation in time (twiddles, then butterfly): neither
 // permutes, frequency f comes out at point position(f) of kernels/cuda/_transform.py. The first pass forward takes its points
@@ -8,7 +8,8 @@
 //
 // Points are (real, imaginary) pairs of 8 bytes, 16 of which fill the 32 banks. The late passes go through them in strides of
 // powers of two, all in one bank; so point i lies at i ^ (i / 16 % 16). A run of 16 stays a permutation of itself, strides of
-// 2 to 256 spread over all banks, and no memory is lost: 14336 points twice on a multiprocessor leave 1 KiB.
+// 2 to 256 spread over all banks, and no memory is lost: 14336 points twice on a multiprocessor leave 1 KiB. Where the last
+// radix is odd, strides are odd as well, and points lie in order: the places of a butterfly then are one register and constants.
 #pragma once
 #include "device.h"
 #include "freemerge/butterfly.h"
@@ -47,14 +48,17 @@ constexpr int twiddles_at(int pass) {
   return twiddles_at(pass - 1) + powers_of(radix) * stride_of(pass - 1) + (in_registers(radix) ? 0 : radix);
 }
 
-constexpr int swizzled(int i) { return i ^ (i >> 4 & 15); }
+constexpr int last_radix(int pass) { return radix_of(pass) > 1 || pass == 0 ? radix_of(pass) : last_radix(pass - 1); }
+constexpr bool SWIZZLED = last_radix(PASSES - 1) % 2 == 0;   // as in kernels/cuda/_transform.py
+
+constexpr int swizzled(int i) { return SWIZZLED ? i ^ (i >> 4 & 15) : i; }
 
 constexpr bool power_of_two(int n) { return (n & (n - 1)) == 0; }
 
 // Where point `start` + k * STRIDE of a butterfly lies; the cheaper forms hold where the addition carries into no bit that matters.
 template <int STRIDE, int RADIX>
 __device__ __forceinline__ int place(int start, int swizzled_start, int k) {
-  if constexpr (STRIDE % 256 == 0)
+  if constexpr (STRIDE % 256 == 0 || !SWIZZLED)
     return swizzled_start + k * STRIDE;
   else if constexpr (power_of_two(STRIDE) && power_of_two(RADIX))
     return swizzled_start ^ swizzled(k * STRIDE);
@@ -115,7 +119,7 @@ __device__ __forceinline__ void transform_in_registers(Complex* x) {
   if constexpr (RADIX == 1) {
   } else if constexpr (RADIX % 2 == 1) {
     constexpr Roots<RADIX> roots;
-    odd_butterfly<RADIX>(x, roots, RADIX);
+    odd_butterfly<RADIX>(x, roots, RADIX, InPlace{x});
   } else {
     butterfly<RADIX>(x);
   }
@@ -145,6 +149,16 @@ __device__ __forceinline__ void twiddle(Complex* x, const float2* table, int j) 
 }
 
 template <int PASS, bool INVERSE>
+struct ToPoints {
+  Points points;
+  int start, swizzled_start;
+
+  __device__ __forceinline__ void operator()(int q, Complex y) const {
+    points.store(place<stride_of(PASS), radix_of(PASS)>(start, swizzled_start, q), swapped<INVERSE>(y));
+  }
+};
+
+template <int PASS, bool INVERSE>
 __device__ __forceinline__ void pass_in_registers(Points points, const float2* table) {
   constexpr int RADIX = radix_of(PASS), STRIDE = stride_of(PASS);
 #pragma unroll 1
@@ -153,11 +167,17 @@ __device__ __forceinline__ void pass_in_registers(Points points, const float2* t
     Complex x[RADIX];
     FREEMERGE_UNROLL(61)
     for (int k = 0; k < RADIX; ++k) x[k] = swapped<INVERSE>(points.load(place<STRIDE, RADIX>(start, swizzled_start, k)));
-    if (INVERSE) twiddle<PASS>(x, table, j);
-    transform_in_registers<RADIX>(x);
-    if (!INVERSE) twiddle<PASS>(x, table, j);
-    FREEMERGE_UNROLL(61)
-    for (int k = 0; k < RADIX; ++k) points.store(place<STRIDE, RADIX>(start, swizzled_start, k), swapped<INVERSE>(x[k]));
+    const ToPoints<PASS, INVERSE> put{points, start, swizzled_start};
+    if constexpr (RADIX > 16 && STRIDE == 1) {   // each result leaves at once: registers hold the inputs only
+      constexpr Roots<RADIX> roots;
+      odd_butterfly<RADIX>(x, roots, RADIX, put);
+    } else {
+      if (INVERSE) twiddle<PASS>(x, table, j);
+      transform_in_registers<RADIX>(x);
+      if (!INVERSE) twiddle<PASS>(x, table, j);
+      FREEMERGE_UNROLL(61)
+      for (int k = 0; k < RADIX; ++k) put(k, x[k]);
+    }
   }
   __syncthreads();
 }
@@ -213,7 +233,8 @@ __device__ __forceinline__ void sums_in_memory(Points points, const float2* tabl
 template <int PASS, int LAST>
 __device__ __forceinline__ void forward_passes(Points points, const float2* table) {
   if constexpr (PASS < LAST) {
-    if constexpr (in_registers(radix_of(PASS))) {
+    if constexpr (radix_of(PASS) == 1) {
+    } else if constexpr (in_registers(radix_of(PASS))) {
       pass_in_registers<PASS, false>(points, table);
     } else {
       sums_in_memory<PASS, false>(points, table);
@@ -227,7 +248,8 @@ __device__ __forceinline__ void forward_passes(Points points, const float2* tabl
 template <int PASS>
 __device__ __forceinline__ void inverse_passes(Points points, const float2* table) {
   if constexpr (PASS > 1) {
-    if constexpr (in_registers(radix_of(PASS - 1))) {
+    if constexpr (radix_of(PASS - 1) == 1) {
+    } else if constexpr (in_registers(radix_of(PASS - 1))) {
       pass_in_registers<PASS - 1, true>(points, table);
     } else {
       twiddle_in_memory<PASS - 1, true>(points, table);

@@ -139,8 +139,9 @@ def compile_source(source: str, defines: Mapping[str, object], architecture: str
     from cupy_backends.cuda.libs import nvrtc
 
     texts = dict(sources())
-    headers = {path.removeprefix("include/").removeprefix("cuda/"): text for path, text in texts.items()}
-    program = nvrtc.createProgram(texts[f"cuda/{source}"], source, tuple(headers.values()), tuple(headers))
+    contents = tuple(text.encode() for text in texts.values())
+    names = tuple(path.removeprefix("include/").removeprefix("cuda/").encode() for path in texts)
+    program = nvrtc.createProgram(texts[f"cuda/{source}"], source, contents, names)
     options = [*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v", *(f"-D{k}={v}" for k, v in defines.items())]
     try:
         nvrtc.compileProgram(program, tuple(options))

@@ -1,23 +1,24 @@
 """What high_pass and high_pass_magnitudes share on a GPU: the launches of each form of the filter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from operator import add
+from operator import add, mul
 
 import numpy as np
 import torch
 
-from freemerge.kernels._high_pass_gpu_plan import SHARED_MEMORY, HighPassGpuPlan, plan_high_pass_gpu
+from freemerge.kernels._high_pass_gpu_plan import SHARED_MEMORY, HighPassGpuPlan, fits, plan_high_pass_gpu
 from freemerge.kernels._high_pass_plan import InnerRing, RadiusFrom, column_bounds, column_kinds
 from freemerge.kernels.array import task_vector
 from freemerge.kernels.cuda import _compile
 from freemerge.kernels.cuda._transform import Transform, transform
+from freemerge.kernels.triton._convert import FLOAT8
+from freemerge.kernels.triton._low_pass import analyse, synthesise
 
 Mask = tuple[float, RadiusFrom, InnerRing]
 
 ELEMENTS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CUFFT_BYTES = 256 << 20  # of columns handed to cuFFT at once: it takes as much again, and more for awkward lengths
 
 
@@ -48,18 +49,18 @@ class Sum:
         expert = ELEMENTS[self.experts[0].dtype]
         return {"EXPERT": expert, "BASE": ELEMENTS[self.base.dtype] if self.base is not None else expert}
 
-    def arguments(self) -> tuple[tuple, torch.Tensor]:
-        """The first arguments of a kernel that forms the sum, and what they point to."""
+    def arguments(self) -> tuple:
+        """The first arguments of a kernel that forms the sum."""
         count = len(self.experts)
         table = torch.empty(2 * count, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         table[:count] = torch.tensor([expert.data_ptr() for expert in self.experts], dtype=torch.int64)
         table[count:].view(torch.float32)[:count] = torch.tensor(self.weights, dtype=torch.float32)
         table = table.to(self.device, non_blocking=True)
-        return (self.base, table, table[count:], np.int32(count)), table
+        return self.base, table, table[count:], np.int32(count)
 
     def in_torch(self) -> torch.Tensor:
-        weighted = (weight * task_vector(self.base, expert) for weight, expert in zip(self.weights, self.experts))
-        return reduce(add, weighted)
+        task_vectors = (task_vector(self.base, expert) for expert in self.experts)
+        return reduce(add, map(mul, self.weights, task_vectors))
 
 
 def exact(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -75,14 +76,15 @@ def of_one_dtype(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(wide) for tensor in tensors)
 
 
-def plan_for(tensor: torch.Tensor, mask: Mask) -> HighPassGpuPlan:
+def plan_for(values: Sum, mask: Mask) -> HighPassGpuPlan:
     cutoff, radius_from, inner_ring = mask
     return plan_high_pass_gpu(
-        tuple(tensor.shape),
+        values.shape,
         cutoff=cutoff,
         radius_from=radius_from,
         inner_ring=inner_ring,
-        shared_memory_bytes=shared_memory(tensor.device),
+        shared_memory_bytes=shared_memory(values.device),
+        float64=torch.float64 in (values.experts[0].dtype, None if values.base is None else values.base.dtype),
     )
 
 
@@ -117,12 +119,11 @@ def columns_of(shape: tuple[int, int], axis: int, mask: Mask, device: torch.devi
     bounds, length = column_bounds(shape, axis, *mask), shape[axis]
     keep, drop = column_kinds(bounds, shape[1 - axis])
     mixed = np.flatnonzero((~keep & ~drop)[: length // 2 + 1])
-    mirrored = (length - mixed) % length
     places = transform(length).places
-    pairs = np.stack([places(mixed), places(mirrored)], axis=1)
-    both = np.concatenate([bounds[:, mixed], bounds[:, mirrored]]).T
     kept = np.sort(places(np.flatnonzero(keep)))
-    return Columns(*(torch.from_numpy(np.array(array, np.int32)).to(device) for array in (kept, pairs, both)))
+    pairs = np.stack([places(mixed), places(-mixed % length)], axis=1)
+    on_device = (torch.from_numpy(array).to(device) for array in (kept, pairs))
+    return Columns(*on_device, bounds_of(bounds, mixed, device))
 
 
 @lru_cache(maxsize=64)
@@ -166,9 +167,8 @@ class Sweeps:
         return partials.sum()
 
     def sweep_in(self, values: Sum) -> None:
-        inputs, table = values.arguments()
-        numbers = (np.int64(self.lines), *self.places(), self.kept, self.mixed)
-        self.launch("high_pass_sweep_in", values.defines(), (*inputs, *numbers))
+        arguments = (*values.arguments(), np.int64(self.lines), *self.places(), self.kept, self.mixed)
+        self.launch("high_pass_sweep_in", values.defines(), arguments)
         # half, because the lines of a pair are told apart without the halves of their sums
         across(self.mixed, self.columns.bounds, 0.0, 0.5 / self.lines)
 
@@ -192,8 +192,8 @@ class Sweeps:
 
     def transposed(self) -> torch.Tensor:
         sums = torch.empty((self.lines, self.length), dtype=torch.float32, device=self.device)
-        inputs, table = self.values.arguments()
-        self.launch_tiles("high_pass_transpose_in", self.values.defines(), (*inputs, *self.size(), sums))
+        arguments = (*self.values.arguments(), *self.size(), sums)
+        self.launch_tiles("high_pass_transpose_in", self.values.defines(), arguments)
         return sums
 
     def transpose_out(self, values: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -221,7 +221,7 @@ def across(spectrum: torch.Tensor, bounds: torch.Tensor, less: float, factor: fl
     if columns == 0:
         return
     numbers = np.float32(less), np.float32(factor)
-    if fits_block(lines, spectrum.device):
+    if fits(lines, shared_memory(spectrum.device)):
         there = transform(lines)
         kernel = _compile.load("high_pass_across.cu", "high_pass_across", there.defines)
         arguments = (spectrum, bounds, table_of(lines, spectrum.device), *numbers)
@@ -237,10 +237,31 @@ def across(spectrum: torch.Tensor, bounds: torch.Tensor, less: float, factor: fl
         torch.view_as_complex(part).copy_(torch.fft.ifft(transformed, norm="forward"))
 
 
-def fits_block(n: int, device: torch.device) -> bool:
-    from freemerge.kernels._high_pass_gpu_plan import fits
+# ---- the form "complement" ----
 
-    return fits(n, shared_memory(device))
+
+def filter_by_complement(values: Sum, mask: Mask, add_base: bool, out: torch.Tensor) -> None:
+    """out = round(base + F(sum)), the latter as the sum less what the mask removes."""
+    rows, columns = values.shape
+    chosen, bounds = removed_columns(values.shape, mask, values.device)
+    spectrum = torch.empty((len(chosen), rows, 2), dtype=torch.float32, device=values.device)
+    analyse(values.base, values.experts, values.weights, chosen, spectrum)
+    across(spectrum, bounds, 1.0, 1 / (rows * columns))
+    synthesise(values.base, values.experts, values.weights, chosen, spectrum, add_base, out)
+
+
+@lru_cache(maxsize=128)
+def removed_columns(shape: tuple[int, int], mask: Mask, device: torch.device) -> tuple[np.ndarray, torch.Tensor]:
+    """Columns v <= W // 2 with a gain other than 1, and [columns, 6] int32, their bounds as in `Columns`."""
+    bounds, length = column_bounds(shape, 1, *mask), shape[1]
+    keep, _ = column_kinds(bounds, shape[0])
+    chosen = np.flatnonzero(~keep[: length // 2 + 1])
+    return chosen, bounds_of(bounds, chosen, device)
+
+
+def bounds_of(bounds: np.ndarray, columns: np.ndarray, device: torch.device) -> torch.Tensor:
+    both = np.concatenate([bounds[:, columns], bounds[:, -columns % bounds.shape[1]]])
+    return torch.from_numpy(np.ascontiguousarray(both.T)).to(device)
 
 
 # ---- the form "whole" ----
@@ -266,14 +287,3 @@ def half_gain(shape: tuple[int, int], mask: Mask, device: torch.device) -> torch
         return (distance <= inner).float() + ((distance > below) & (distance <= outer)).float()
 
     return (gain(u, v) + gain(-u % rows, -v % columns)) / 2
-
-
-def target_for(out: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-    """What a kernel can write in the place of `out`: for float8, a tensor of the dtype of the arithmetic over `base`."""
-    if out.dtype not in FLOAT8:
-        return out
-    wide = torch.float64 if base is not None and base.dtype == torch.float64 else torch.float32
-    return torch.empty(out.shape, dtype=wide, device=out.device)
-
-
-Launcher = Callable[..., None]

@@ -63,31 +63,36 @@ class Transform:
         for radix, stride in self.passes():
             at += rest % radix * stride
             rest = rest // radix
-        return (at ^ (at >> 4 & 15)).astype(np.int32)
+        swizzled = next((radix for radix in reversed(self.radices) if radix > 1), 1) % 2 == 0
+        return (at ^ (at >> 4 & 15) if swizzled else at).astype(np.int32)
 
 
 @lru_cache(maxsize=256)
 def transform(n: int) -> Transform:
     """The transform of length n; `radices(n)` says whether there is one."""
     factors = radices(n)
-    limit, registers, shared = MULTIPROCESSOR
-    needed = _registers(factors)
-    most = min(1024, registers // needed // 32 * 32)
+    threads_there, registers, shared = MULTIPROCESSOR
+    # threads, for want of registers: each quarter of a multiprocessor has its own, given out by warps
+    most = 4 * 32 * (registers // (4 * 32) // _registers(factors))
     fitting = max(1, shared // (point_bytes(n) + RESERVED))
 
-    def idle(threads):  # turns of the whole block, weighted with the points of a butterfly; then blocks that leave threads unused
-        turns = sum(-(-n // (radix * threads)) * threads * min(radix, 61) for radix in factors)
-        return turns * (1 + 512 / _resident(threads))
+    def blocks(threads: int) -> int:
+        return max(1, min(32, fitting, min(most, threads_there) // threads))
 
-    def _resident(threads):
-        return threads * max(1, min(fitting, most // threads, limit // threads))
+    def cost(threads: int) -> float:
+        """Turns of the whole block, by the points each takes; with fewer threads at once, less overlaps."""
+        turns = sum(-(-n // (radix * threads)) * radix for radix in factors if radix > 1)
+        return turns * threads * (1 + 500 / (threads * blocks(threads)))
 
     smallest = max([32, *(-(-(radix // 2 + 1) // 32) * 32 for radix in factors)])
-    threads = min(range(smallest, max(smallest, min(most, 512)) + 1, 32), key=idle)
-    return Transform(n, factors, threads, max(1, min(32, fitting, registers // needed // threads)))
+    threads = min(range(smallest, max(smallest, min(most // 32 * 32, 512)) + 1, 32), key=cost)
+    return Transform(n, factors, threads, blocks(threads))
 
 
 def _registers(factors: tuple[int, ...]) -> int:
     """What a thread needs so that nothing spills, as the compiler's reports show (tests/gpu/test_cuda_compiles.py)."""
     largest = max(radix for radix in factors if radix <= LARGEST_RADIX)
-    return 72 if largest < 16 else 80 if largest == 16 else 128 if largest <= 43 else 168
+    if largest > 16:
+        return 128 if largest <= 43 else 168
+    # the first pass holds the base beside its points, the last multiplies them
+    return 80 if 16 in (factors[0], factors[-1]) else 72

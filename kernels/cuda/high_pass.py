@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from freemerge.kernels._high_pass_plan import InnerRing, RadiusFrom
-from freemerge.kernels.cuda._high_pass import Sum, Sweeps, exact, filter_whole, plan_for, target_for
+from freemerge.kernels.cuda._high_pass import Sum, Sweeps, filter_by_complement, filter_whole, plan_for
+from freemerge.kernels.triton._convert import storable, store
 from freemerge.kernels.triton.add_task_vectors import add_task_vectors
 from freemerge.kernels.triton.weighted_sum import weighted_sum
 
@@ -25,20 +26,23 @@ def high_pass(
 ) -> None:
     if out.numel() == 0:
         return
-    mask = (cutoff, radius_from, inner_ring)
-    plan = plan_for(out, mask)
-    if plan.form == "keep" or not experts:
+    if not experts:
         write_sum(base, experts, weights, add_base, out)
         return
-    values, added = Sum.of(base, experts, weights), exact(base) if add_base else None
-    target = target_for(out, added)
+    mask, values = (cutoff, radius_from, inner_ring), Sum.of(base, experts, weights)
+    plan, added = plan_for(values, mask), values.base if add_base else None
+    if plan.form == "keep":
+        write_sum(base, experts, weights, add_base, out)
+        return
+    target = storable(out, added)
     if plan.form == "sweeps":
         Sweeps(plan, values, mask).write(added, target)
+    elif plan.form == "complement":
+        filter_by_complement(values, mask, add_base, target)
     else:
         filtered = filter_whole(values, mask)
-        target.copy_(filtered if added is None else added + filtered)
-    if target is not out:
-        out.copy_(target)
+        target = filtered if added is None else added + filtered
+    store(target, out)
 
 
 def write_sum(base, experts, weights, add_base: bool, out: torch.Tensor) -> None:
@@ -48,4 +52,4 @@ def write_sum(base, experts, weights, add_base: bool, out: torch.Tensor) -> None
     elif add_base:
         add_task_vectors(base, experts, weights, out)
     else:
-        out.copy_(Sum.of(base, experts, weights).in_torch() if experts else torch.zeros_like(out))
+        store(Sum.of(base, experts, weights).in_torch() if experts else torch.zeros(out.shape, device=out.device), out)

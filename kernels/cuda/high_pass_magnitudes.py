@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from freemerge.kernels._high_pass_plan import InnerRing, RadiusFrom
-from freemerge.kernels.cuda._high_pass import Mask, Sum, Sweeps, filter_whole, plan_for
+from freemerge.kernels.cuda._high_pass import Mask, Sum, Sweeps, filter_by_complement, filter_whole, plan_for
 
 
 def high_pass_magnitudes(
@@ -22,8 +22,13 @@ def high_pass_magnitudes(
 def magnitude(base: torch.Tensor | None, expert: torch.Tensor, mask: Mask) -> torch.Tensor:
     if expert.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=expert.device)
-    plan, values = plan_for(expert, mask), Sum.of(base, [expert], [1.0])
+    values = Sum.of(base, [expert], [1.0])
+    plan = plan_for(values, mask)
     if plan.form == "sweeps":
         return Sweeps(plan, values, mask).magnitude()
-    filtered = values.in_torch() if plan.form == "keep" else filter_whole(values, mask)
+    if plan.form == "complement":
+        filtered = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+        filter_by_complement(values, mask, False, filtered)
+    else:
+        filtered = values.in_torch() if plan.form == "keep" else filter_whole(values, mask)
     return filtered.abs().sum(dtype=torch.float64)

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
+import emulator
+import torch
+
+from freemerge.kernels.cuda import _compile
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -11,3 +15,10 @@ def _as_silent_as_a_gpu():
     """The interpreter computes in NumPy, which warns of overflow and NaN where a GPU does not."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _cuda_kernels(monkeypatch):
+    """Without a GPU, kernels of csrc/cuda are emulated."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(_compile, "load", emulator.load)

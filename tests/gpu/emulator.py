@@ -1,7 +1,8 @@
-"""Kernels of csrc/cuda on CPU tensors: the same .cu files through g++ (emulator.h), threads as fibers (emulator.cpp)."""
+"""Kernels of csrc/cuda on CPU tensors: the same files through g++ (emulator.h), threads as fibers (emulator.cpp)."""
 
 import ctypes
 import hashlib
+import re
 import subprocess
 import tempfile
 from functools import cache
@@ -74,6 +75,4 @@ def _folder() -> Path:
 
 def kernels_of(text: str) -> list[str]:
     """The names of the kernels a source defines."""
-    import re
-
     return re.findall(r'extern "C" __global__ void __launch_bounds__\([^()]*(?:\([^()]*\)[^()]*)*\)\s+(\w+)\(', text)

@@ -87,10 +87,16 @@ FREEMERGE_INLINE void butterfly<16>(Complex* x) {
 
 constexpr int LARGEST_RADIX = 61;
 
+struct InPlace {
+  Complex* x;
+  FREEMERGE_INLINE void operator()(int q, Complex y) const { x[q] = y; }
+};
+
 // An odd radix: x[k] and x[radix - k] enter by their sum and difference only, so the roots needed are radix/2 cosines and sines.
 // roots: [radix] of (cos, sin) of 2 pi j / radix, a pointer or what is indexed like one
-template <int RADIX, class Roots>
-FREEMERGE_INLINE void odd_butterfly(Complex* x, const Roots& roots, int runtime_radix) {
+// put(q, y[q]): takes the results, y[0] last; it may overwrite x[q]
+template <int RADIX, class Roots, class Put>
+FREEMERGE_INLINE void odd_butterfly(const Complex* x, const Roots& roots, int runtime_radix, const Put& put) {
   const int radix = RADIX ? RADIX : runtime_radix, half = radix / 2;
   Complex sums[RADIX ? RADIX / 2 : LARGEST_RADIX / 2], differences[RADIX ? RADIX / 2 : LARGEST_RADIX / 2];
   Complex first = x[0];
@@ -112,10 +118,10 @@ FREEMERGE_INLINE void odd_butterfly(Complex* x, const Roots& roots, int runtime_
       even = {fma(sums[k].re, cosine, even.re), fma(sums[k].im, cosine, even.im)};
       odd = {fma(differences[k].re, sine, odd.re), fma(differences[k].im, sine, odd.im)};
     }
-    x[q] = {even.re + odd.im, even.im - odd.re};
-    x[radix - q] = {even.re - odd.im, even.im + odd.re};
+    put(q, Complex{even.re + odd.im, even.im - odd.re});
+    put(radix - q, Complex{even.re - odd.im, even.im + odd.re});
   }
-  x[0] = first;
+  put(0, first);
 }
 
 }  // namespace FREEMERGE_ISA
