@@ -31,6 +31,7 @@ MAY_USE_THE_STACK = {
     ("high_pass_sweep_in", 4096, "sm_100"),
     ("high_pass_sweep_in", 14336, "sm_100"),
     ("high_pass_sweep_out", 768, "sm_100"),
+    ("high_pass_sweep_out", 4096, "sm_100"),
     ("high_pass_across", 768, "sm_100"),
     ("high_pass_across", 4096, "sm_100"),
     ("high_pass_across", 14336, "sm_100"),
