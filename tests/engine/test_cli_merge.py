@@ -85,6 +85,7 @@ def test_verify_finds_a_changed_byte(zoo):
         ),
         (["--dtype", "float17"], ["float17 is no dtype to write, did you mean float16?"]),
         (["--device", "gpu"], ["there are auto, cpu, cuda"]),
+        (["--max-gpu-memory", "much"], ["--max-gpu-memory much: not a size"]),
     ],
 )
 def test_bad_input_is_told_and_writes_nothing(zoo, arguments, messages):

@@ -8,6 +8,7 @@ import freemerge
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.torch_arrays import from_torch
 from freemerge.checkpoint.verify import verify
+from freemerge.experts.sidecar import read_expert
 from freemerge.kernels.array import BFLOAT16
 from freemerge.testing import random_array, tiny_llama, tiny_llama_config, to_gpu, write_checkpoint
 
@@ -15,9 +16,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "interpreter"
 SMALL = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "vocab_size": 70}
 
 
-def state_dicts():
-    """A base and two experts near it."""
-    base = tiny_llama(0, dtype=BFLOAT16, **SMALL)
+FEW = ("self_attn.k_proj.weight", "mlp.up_proj.weight", "model.norm.weight")  # interpreted, selection takes its time
+
+
+def state_dicts(only=("",)):
+    """A base and two experts near it; of the tensors with one of `only` at the end of their names."""
+    base = {name: array for name, array in tiny_llama(0, dtype=BFLOAT16, **SMALL).items() if name.endswith(only)}
     moves = [
         [random_array(array.shape, np.float32, 1000 * t + i, 0.004) for i, array in enumerate(base.values())]
         for t in (1, 2)
@@ -30,6 +34,16 @@ def state_dicts():
         for steps in moves
     ]
     return base, experts
+
+
+def written(folder, base, experts):
+    config = tiny_llama_config(**SMALL)
+    return [write_checkpoint(folder / str(i), tensors, config=config) for i, tensors in enumerate([base, *experts])]
+
+
+def read(folder):
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def ordered(array):
@@ -58,15 +72,10 @@ METHODS = {
 @pytest.mark.parametrize(("method", "parameters", "ulps"), METHODS.values(), ids=METHODS)
 def test_files_through_the_device(tmp_path, method, parameters, ulps):
     base, experts = state_dicts()
-    folders = [
-        write_checkpoint(tmp_path / str(i), tensors, config=tiny_llama_config(**SMALL))
-        for i, tensors in enumerate([base, *experts])
-    ]
+    folders = written(tmp_path, base, experts)
     freemerge.merge(method, folders[0], folders[1:], tmp_path / "out", device=DEVICE, **parameters)
     assert not verify(tmp_path / "out").problems
-    written = open_checkpoint(tmp_path / "out")
-    merged = {name: written.read(name) for name in written.tensors}
-    assert_agree(merged, freemerge.merge_state_dicts(method, base, experts, **parameters), ulps)
+    assert_agree(read(tmp_path / "out"), freemerge.merge_state_dicts(method, base, experts, **parameters), ulps)
 
 
 @pytest.mark.parametrize(("method", "parameters", "ulps"), METHODS.values(), ids=METHODS)
@@ -80,3 +89,37 @@ def test_tensors_on_the_device(method, parameters, ulps):
         freemerge.merge_state_dicts(method, base, experts, **parameters),
         ulps,
     )
+
+
+@pytest.mark.parametrize("selection", ["tensor", "model"])
+def test_experts_cut_out_on_the_device(tmp_path, selection):
+    base, experts = state_dicts(FEW)
+    folders = written(tmp_path, base, experts)
+    parameters = {"density": 0.05, "selection": selection}
+    freemerge.merge("free", folders[0], folders[1:], tmp_path / "out", device=DEVICE, **parameters)
+    assert not verify(tmp_path / "out").problems
+    expected = freemerge.merge_state_dicts("free", base, experts, **parameters)
+    assert_agree(read(tmp_path / "out"), expected, 1)
+    for name, from_memory in zip(("1", "2"), expected.experts, strict=True):
+        from_file = read_expert(tmp_path / "out" / "experts" / f"{name}.safetensors")
+        assert from_file.tensors.keys() == from_memory.tensors.keys()
+        # an ulp of the backbone may change which of two entries is kept, and its value by as much
+        for tensor, rows in from_memory.tensors.items():
+            there = from_file.tensors[tensor]
+            assert abs(there.count - rows.count) <= (8 if selection == "model" else 0)
+            assert there.sum_abs() * from_file.scale(tensor) == pytest.approx(
+                rows.sum_abs() * from_memory.scale(tensor), rel=0.02
+            )
+
+
+def test_experts_are_applied_on_the_device():
+    base, experts = state_dicts(FEW)
+    there = [{name: to_gpu(array) for name, array in tensors.items()} for tensors in (base, *experts)]
+    parameters = {"density": 0.05, "relative_to": "base"}
+    merged = freemerge.merge_state_dicts("free", there[0], there[1:], device=DEVICE, **parameters)
+    expected = freemerge.merge_state_dicts("free", base, experts, **parameters)
+    for mine, theirs in zip(merged.experts, expected.experts, strict=True):
+        for name, rows in theirs.tensors.items():
+            np.testing.assert_array_equal(mine.tensors[name].on_host().to_dense(), rows.to_dense())
+        # the rows come to wherever the state dict lies
+        assert_agree(mine.apply(expected), theirs.apply(expected), 0)
