@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -16,8 +17,7 @@ namespace py = pybind11;
 namespace freemerge {
 
 // float8 and bfloat16 are NumPy extension types (ml_dtypes) without a type code of their own: the name decides.
-inline DType dtype_of(const py::array& array) {
-  const auto name = py::cast<std::string>(array.dtype().attr("name"));
+inline DType dtype_named(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float32") return DType::f32;
   if (name == "float16") return DType::f16;
@@ -25,6 +25,15 @@ inline DType dtype_of(const py::array& array) {
   if (name == "float8_e4m3fn") return DType::f8_e4m3fn;
   if (name == "float8_e5m2") return DType::f8_e5m2;
   throw py::type_error("freemerge.kernels._cpu: no kernel for dtype " + name);
+}
+
+// NumPy composes the name anew each time; the type's number, given out once a process, finds the answer of the first time.
+inline DType dtype_of(const py::array& array) {
+  static std::unordered_map<int, DType> known;  // the interpreter lock is held
+  const int number = array.dtype().num();
+  const auto found = known.find(number);
+  if (found != known.end()) return found->second;
+  return known[number] = dtype_named(py::cast<std::string>(array.dtype().attr("name")));
 }
 
 inline void require_contiguous(const py::array& array) {
