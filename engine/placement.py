@@ -20,8 +20,8 @@ from freemerge.errors import PlanError
 from freemerge.kernels.array import Array, is_tensor
 from freemerge.plan import Plan, TensorTask
 
-# Bytes an element that methods of tensor scope put beside inputs and result on a GPU, in ops that look at all of it;
-# a filter keeps spectra and the task vector as float32. A guess above what is seen: what is short is made up for.
+# Bytes an element that ops which look at a whole tensor put beside inputs and result on a GPU; a filter keeps spectra
+# and the task vector as float32. A guess above what is seen: where it is too low, memory runs out and a retry follows.
 BESIDE, BESIDE_FILTERED = 8, 16
 
 Hashed = Callable[[int, Array], None]
@@ -29,7 +29,7 @@ Hashed = Callable[[int, Array], None]
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of elements of one tensor, merged and written at once; all of them unless its method works by element."""
+    """A run of elements of one tensor, merged and written at once; all of them unless it is merged by element."""
 
     task: TensorTask
     start: int
@@ -112,9 +112,8 @@ class OnAccelerator:
         """Bytes of the GPU's memory: inputs, result, and what the method puts beside them."""
         size = unit.stop - unit.start
         moved = unit.nbytes + self._plan.bytes_read(unit.task) * size // max(unit.task.size, 1)
-        if self._plan.method.scope == "element":
-            return moved
-        return moved + unit.task.workspace + size * (BESIDE_FILTERED if unit.task.workspace else BESIDE)
+        beside = 0 if unit.task.elementwise else BESIDE_FILTERED if unit.task.workspace else BESIDE
+        return moved + unit.task.workspace + beside * size
 
     def reserved(self, unit: Unit) -> AbstractContextManager:
         return self.accelerator.reserve(self.needed(unit))

@@ -34,6 +34,7 @@ class TensorTask:
         settings: what merge_tensor is called with; None where the base's tensor is copied.
         transform: what is done to the tensor, in words.
         workspace: bytes of memory the method needs beside the result.
+        elementwise: whether any run of elements can be merged alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorTask:
     settings: dict[str, Any] | None
     transform: str
     workspace: int = 0
+    elementwise: bool = True
 
     @property
     def size(self) -> int:
@@ -100,7 +102,7 @@ class Plan:
         return [None if source is None else _cropped(expert.read(source), task.shape) for expert, source in sources]
 
     def merge(self, task: TensorTask, base: Array, experts: Sequence[Array | None], out: Array) -> None:
-        """Write a tensor of the result, or the same run of elements of each array where the method's scope allows it.
+        """Write a tensor of the result, or of an elementwise one the same run of elements of each array.
 
         Args:
             base: the base's tensor, or a run of it.
@@ -237,7 +239,10 @@ class Planner:
                 continue
             chosen = settings(recipe, method, name, self._positions[name])
             planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen)
-            tasks.append(TensorTask(name, info.shape, dtype, match, chosen, planned.transform, planned.workspace))
+            # an expert is cut out of whole tensors
+            elementwise = method.scope == "element" or (planned.elementwise and not method.writes_experts)
+            done = (planned.transform, planned.workspace, elementwise)
+            tasks.append(TensorTask(name, info.shape, dtype, match, chosen, *done))
         return tasks
 
 

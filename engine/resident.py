@@ -64,7 +64,7 @@ def _runs(
 ) -> Iterator[tuple[Array, list[Array | None], Array]]:
     """The whole tensor; on the CPU, where the method allows it, runs that the cache holds until they are checked."""
     step = PIECE // task.dtype.itemsize
-    if is_tensor(out) or task.size <= step or (task.settings is not None and plan.method.scope != "element"):
+    if is_tensor(out) or task.size <= step or not task.elementwise:
         yield base, experts, out
         return
     base, out = base.reshape(-1), out.reshape(-1)

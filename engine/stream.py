@@ -79,11 +79,10 @@ class Stream:
             self.extraction.finish()
 
     def _split(self, task: TensorTask) -> Iterator[Unit]:
-        copied = task.settings is None
-        if not copied and self.plan.method.scope != "element":
+        if not task.elementwise:
             yield Unit(task, 0, task.size)
             return
-        step = PIECE // task.dtype.itemsize * (ON_GPU if self.accelerators and not copied else 1)
+        step = PIECE // task.dtype.itemsize * (ON_GPU if self.accelerators and task.settings is not None else 1)
         for start in range(0, max(task.size, 1), step):
             yield Unit(task, start, min(task.size, start + step))
 
@@ -142,7 +141,7 @@ class Stream:
             return unit
 
     def _is_cut(self, unit: Unit, step: int) -> bool:
-        return unit.task.settings is not None and self.plan.method.scope == "element" and unit.stop - unit.start > step
+        return unit.task.settings is not None and unit.task.elementwise and unit.stop - unit.start > step
 
     # -- one unit -----------------------------------------------------------------------------------------------
 

@@ -108,12 +108,14 @@ class TensorPlan:
         transform: in words.
         workspace: bytes of memory needed beside inputs and output.
         cost: nanoseconds of one core.
+        elementwise: any contiguous run of its elements can be merged alone, whatever the method's scope.
     """
 
     action: Literal["merge", "copy"]
     transform: str = ""
     workspace: int = 0
     cost: float = 0.0
+    elementwise: bool = False
 
 
 def names() -> list[str]:

@@ -83,13 +83,14 @@ class Backbone:
 
     def plan(self, name: str, shape: tuple[int, ...], experts: int) -> TensorPlan:
         if self.copies(name, shape):
-            return TensorPlan("copy")
+            return TensorPlan("copy", elementwise=True)
         size = math.prod(shape)
         addition = ADDITION * size * (experts + 1)
         if not self.filters(name, shape):
             count = "first expert" if self.bias_rule == "first" else "sum"
             workspace = 4 * experts * min(size, ELECTED_RUN) if self.elect else 0
-            return TensorPlan("merge", f"{count}, unfiltered", workspace, addition * (2 if self.align else 1))
+            cost = addition * (2 if self.align else 1)
+            return TensorPlan("merge", f"{count}, unfiltered", workspace, cost, elementwise=not self.align)
         transform, described = _transform(shape, **self._mask)
         workspace = transform.workspace + (4 * experts * size if self.elect else 0)
         transforms = (experts if self.elect else 1) + (experts if self.align else 0)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.verify import verify
 from freemerge.errors import ChangedInputError, CheckpointError, OutputError, PlanError, RecipeError
 from freemerge.kernels.array import BFLOAT16
+from freemerge.methods import fr
 from freemerge.testing import tiny_llama, tiny_vit, tiny_vit_config, write_checkpoint
 
 
@@ -62,6 +64,30 @@ def test_bytes_depend_on_the_recipe_alone(models, tmp_path, monkeypatch, selecti
     monkeypatch.setattr("freemerge.stream.PIECE", 4096)
     monkeypatch.setattr("freemerge.checkpoint.checksum.PIECE", 4 << 20)
     assert merge("tiles") == expected
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"elect": True}, {"align": True}, {"bias_rule": "first"}, {"bias_rule": "base", "exclude": "v_proj"}],
+    ids=str,
+)
+def test_fr_cuts_what_it_does_not_filter_into_pieces(models, tmp_path, monkeypatch, parameters):
+    base, experts = models
+    freemerge.merge("fr", base, experts, tmp_path / "whole", **parameters)
+    monkeypatch.setattr("freemerge.stream.PIECE", 4096)
+    monkeypatch.setattr("freemerge.checkpoint.checksum.PIECE", 4096)
+    sizes = Counter()
+    merge = fr.merge_tensor
+
+    def noted(base, experts, *, name, out, **settings):
+        sizes[name] += 1
+        merge(base, experts, name=name, out=out, **settings)
+
+    monkeypatch.setattr(fr, "merge_tensor", noted)
+    freemerge.merge("fr", base, experts, tmp_path / "pieces", **parameters)
+    assert (sizes["lm_head.weight"] > 1) == ("align" not in parameters)
+    assert sizes["model.layers.0.mlp.up_proj.weight"] == 1
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "pieces/model.safetensors").read_bytes()
 
 
 KILLED = """
