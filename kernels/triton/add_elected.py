@@ -9,6 +9,7 @@ import triton.language as tl
 from freemerge.kernels.triton._convert import loadable, narrow, storable, store, widen
 
 BLOCK = 1024
+MANY = 12  # arrays; beyond, a program takes half a block, or their loads would not fit in registers
 
 
 @triton.jit
@@ -59,8 +60,9 @@ def add_elected(
     n = out.numel()
     if n == 0:
         return
+    block = BLOCK if len(task_vectors) <= MANY else BLOCK // 2
     base, target = loadable(base), storable(out, base)
-    _add_elected_kernel[(triton.cdiv(n, BLOCK),)](
+    _add_elected_kernel[(triton.cdiv(n, block),)](
         base,
         tuple(map(loadable, task_vectors)) or (base,),  # an empty tuple is no kernel argument
         tuple(map(float, weights)) or (0.0,),
@@ -69,7 +71,7 @@ def add_elected(
         n,
         bool(normalize),
         len(task_vectors),
-        BLOCK,
+        block,
         num_warps=4,
         enable_fp_fusion=False,  # the CPU rounds product and sum, too
     )

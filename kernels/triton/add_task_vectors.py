@@ -9,6 +9,7 @@ import triton.language as tl
 from freemerge.kernels.triton._convert import loadable, narrow, storable, store, widen
 
 BLOCK = 1024
+MANY = 12  # arrays; beyond, a program takes half a block, or their loads would not fit in registers
 
 
 @triton.jit
@@ -34,15 +35,16 @@ def add_task_vectors(
     n = out.numel()
     if n == 0:
         return
+    block = BLOCK if len(experts) <= MANY else BLOCK // 2
     base, target = loadable(base), storable(out, base)
-    _add_task_vectors_kernel[(triton.cdiv(n, BLOCK),)](
+    _add_task_vectors_kernel[(triton.cdiv(n, block),)](
         base,
         tuple(map(loadable, experts)) or (base,),  # an empty tuple is no kernel argument
         tuple(map(float, weights)) or (0.0,),
         target,
         n,
         len(experts),
-        BLOCK,
+        block,
         num_warps=4,
         enable_fp_fusion=False,  # the CPU rounds product and sum, too
     )

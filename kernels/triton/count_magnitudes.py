@@ -16,7 +16,8 @@ def _count_magnitudes_kernel(base, expert, cut, counts, n: tl.int64, BLOCK: tl.c
     i = tl.arange(0, BLOCK)
     greater = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    for first in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride, num_stages=3):
         inside = first + i < n
         bits = magnitude_bits(load_task_vector(base, expert, first + i, inside))
         greater += (inside & (bits > cut)).to(tl.int32)

@@ -26,12 +26,21 @@ TILE = 4096  # elements of short rows that share a program
 
 @triton.jit
 def _count_digit(
-    base, expert, first, end, stride, prefix, SHIFT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    base,
+    expert,
+    first,
+    end,
+    stride,
+    prefix,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """int32 [BINS]: how often each digit occurs, in tiles first, first + stride, ..., after this prefix."""
     i = tl.arange(0, BLOCK)
     counts = tl.zeros([BINS], tl.int32)
-    for start in range(first, end, stride):
+    for start in tl.range(first, end, stride, num_stages=STAGES):
         inside = start + i < end
         digit = (magnitude_bits(load_task_vector(base, expert, start + i, inside)) >> SHIFT) - prefix * BINS
         counts += tl.histogram(digit, BINS, mask=inside & (digit >= 0) & (digit < BINS))
@@ -52,7 +61,7 @@ def _count_digit_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    mine = _count_digit(base, expert, first, n, stride, tl.load(state).to(tl.int32), SHIFT, BINS, BLOCK)
+    mine = _count_digit(base, expert, first, n, stride, tl.load(state).to(tl.int32), SHIFT, BINS, BLOCK, 3)
     tl.atomic_add(counts + tl.arange(0, BINS), mine.to(tl.int64))
 
 
@@ -105,7 +114,7 @@ def _sweep_row_kernel(base, expert, rank: tl.int64, values, ties, width: tl.int6
     greater = tl.full((), 0, tl.int32)
     for k in tl.static_range(5):  # DIGITS
         counts = _count_digit(
-            base, expert, first, first + width, BLOCK, prefix, 24 - 6 * k, 128 if k == 0 else 64, BLOCK
+            base, expert, first, first + width, BLOCK, prefix, 24 - 6 * k, 128 if k == 0 else 64, BLOCK, 1
         )
         prefix, greater = _choose_digit(counts, prefix, greater, rank, 128 if k == 0 else 64)
     tl.store(values + row, prefix.to(tl.float32, bitcast=True))

@@ -31,7 +31,7 @@ def _count_segments_kernel(
     equal = tl.zeros([BLOCK], tl.int32)
     upper_greater = tl.zeros([BLOCK], tl.int32)
     upper_equal = tl.zeros([BLOCK], tl.int32)
-    for first in range(segment * SEGMENT, tl.minimum(n, (segment + 1) * SEGMENT), BLOCK):
+    for first in tl.range(segment * SEGMENT, tl.minimum(n, (segment + 1) * SEGMENT), BLOCK, num_stages=3):
         inside = first + i < n
         bits = tl.where(inside, magnitude_bits(load_task_vector(base, expert, first + i, inside)), -1)
         cut = magnitude_bits(tl.load(lower))
@@ -112,7 +112,7 @@ def _write_segments_kernel(
     left_out_ties = ties
     if upper is not None:
         left_out_ties = tl.load(places + 2 * segments + segment)
-    for first in range(segment * SEGMENT, tl.minimum(n, (segment + 1) * SEGMENT), BLOCK):
+    for first in tl.range(segment * SEGMENT, tl.minimum(n, (segment + 1) * SEGMENT), BLOCK, num_stages=3):
         inside = first + i < n
         x = load_task_vector(base, expert, first + i, inside)
         bits = tl.where(inside, magnitude_bits(x), -1)
@@ -159,7 +159,7 @@ def _write_rows_kernel(
     left_out_ties = ties
     if upper is not None:
         left_out_ties = tl.load(upper_ties + row)
-    for first in range(0, width, BLOCK):
+    for first in tl.range(0, width, BLOCK, num_stages=3):
         inside = first + i < width
         x = load_task_vector(base, expert, row * width + first + i, inside)
         bits = tl.where(inside, magnitude_bits(x), -1)

@@ -14,6 +14,7 @@ from freemerge.kernels.triton._convert import loadable, widen
 
 ROWS = 128  # a thread each
 MOST_PROGRAMS = 2048
+MOST_EXPERTS = 8  # in one sweep: the sums of more do not fit in registers
 
 
 @triton.jit
@@ -30,7 +31,8 @@ def _task_vector_statistics_kernel(
         largest = largest + (tl.zeros([ROWS], tl.int32),)
 
     stride = tl.num_programs(0).to(tl.int64) * ROWS * COLUMNS
-    for first in range(tl.program_id(0).to(tl.int64) * ROWS * COLUMNS, n, stride):
+    # stages: the next tiles are on their way to shared memory while one is added
+    for first in tl.range(tl.program_id(0).to(tl.int64) * ROWS * COLUMNS, n, stride, num_stages=3):
         inside = first + lane < n
         if base is not None:
             start = tl.load(base + first + lane, mask=inside, other=0.0)
@@ -78,16 +80,14 @@ def _add_partial_kernel(partial, result, programs, BLOCK: tl.constexpr):
 def task_vector_statistics(base: torch.Tensor | None, experts: Sequence[torch.Tensor]) -> torch.Tensor:
     like = experts[0] if experts else base
     result = torch.zeros(len(experts), 4, dtype=torch.float64, device=like.device if like is not None else None)
-    if base is not None:
-        _measure(base, experts, result)
-    else:
-        for t, expert in enumerate(experts):  # they may differ in size
-            _measure(None, [expert], result[t : t + 1])
+    together = 1 if base is None else MOST_EXPERTS  # without a base they may differ in size
+    for t in range(0, len(experts), together):
+        _measure(base, experts[t : t + together], result[t : t + together])
     return result
 
 
 def _measure(base: torch.Tensor | None, experts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
-    if not experts or experts[0].numel() == 0:
+    if experts[0].numel() == 0:
         return
     n, base, experts = experts[0].numel(), loadable(base), tuple(map(loadable, experts))
     columns = 16 // min(array.dtype.itemsize for array in (*experts, base) if array is not None)

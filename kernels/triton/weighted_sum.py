@@ -9,6 +9,7 @@ import triton.language as tl
 from freemerge.kernels.triton._convert import loadable, narrow, storable, store, widen
 
 BLOCK = 1024
+MANY = 12  # arrays; beyond, a program takes half a block, or their loads would not fit in registers
 
 
 @triton.jit
@@ -30,14 +31,15 @@ def weighted_sum(arrays: Sequence[torch.Tensor], weights: Sequence[float], out: 
     n = out.numel()
     if n == 0:
         return
+    block = BLOCK if len(arrays) <= MANY else BLOCK // 2
     target = storable(out)
-    _weighted_sum_kernel[(triton.cdiv(n, BLOCK),)](
+    _weighted_sum_kernel[(triton.cdiv(n, block),)](
         tuple(map(loadable, arrays)) or (target,),  # an empty tuple is no kernel argument
         tuple(map(float, weights)) or (0.0,),
         target,
         n,
         len(arrays),
-        BLOCK,
+        block,
         num_warps=4,
         enable_fp_fusion=False,  # the CPU rounds product and sum, too
     )

@@ -50,8 +50,8 @@ def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
 
 def resources(kernel: triton.JITFunction, arguments: dict, architecture: int) -> dict[str, int]:
     """Registers, shared memory, stack and local memory in bytes, and the PTX's widest load in bits."""
-    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
-    options["enable_fp_fusion"] = False
+    options = {"enable_fp_fusion": False}
+    options |= {key: arguments[key] for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in arguments}
     compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

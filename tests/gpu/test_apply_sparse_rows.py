@@ -38,8 +38,11 @@ def test_matches_cpu(shape, dtype):
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("start_dtype", [None, np.float64, BFLOAT16], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "start_dtype"),
+    [*((dtype, None) for dtype in FLOATS), (BFLOAT16, np.float64), (np.float64, BFLOAT16)],
+    ids=str,
+)
 def test_mixtures_of_dtypes(dtype, start_dtype, out_dtype):
     array, rows = random_array((20, 50), dtype, seed=0), some_rows((20, 50))
     start = None if start_dtype is None else random_array(rows.count, start_dtype, seed=1)

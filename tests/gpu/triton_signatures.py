@@ -31,10 +31,26 @@ SIGNATURES = {
         base="*bf16", expert="*bf16", cut="i32", counts="*i64", n="i64:16", BLOCK=1024, num_warps=4
     ),
     "task_vector_statistics._task_vector_statistics_kernel bfloat16": dict(
-        base="*bf16", experts=EXPERTS, partial="*fp64", n="i64:16", T=3, ROWS=128, COLUMNS=8, num_warps=4
+        base="*bf16",
+        experts=EXPERTS,
+        partial="*fp64",
+        n="i64:16",
+        T=3,
+        ROWS=128,
+        COLUMNS=8,
+        num_warps=4,
+        enable_fp_fusion=True,
     ),
     "task_vector_statistics._task_vector_statistics_kernel float32": dict(
-        base=None, experts=("*fp32",), partial="*fp64", n="i64:16", T=1, ROWS=128, COLUMNS=4, num_warps=4
+        base=None,
+        experts=("*fp32",),
+        partial="*fp64",
+        n="i64:16",
+        T=1,
+        ROWS=128,
+        COLUMNS=4,
+        num_warps=4,
+        enable_fp_fusion=True,
     ),
     "task_vector_statistics._add_partial_kernel": dict(
         partial="*fp64", result="*fp64", programs="i32:16", BLOCK=2048, num_warps=4
