@@ -21,7 +21,8 @@ else:
     missing = None
 
 GPU_FOLDERS = ("triton", "cuda")  # an op lies in one of them
-_interpreting = threading.RLock()  # Triton's interpreter patches modules while it runs: not for two threads
+_alone = threading.RLock()  # Triton's interpreter patches modules while it runs: not for two threads
+_compiled: set[tuple] = set()  # what has run once, alone, so that threads do not all compile the same kernel
 
 
 def implementation(op: str, array: Array) -> Callable | None:
@@ -68,7 +69,9 @@ def _for_tensor(op: str, tensor: Array, wish: str) -> Callable:
         return _one_at_a_time(gpu_version(op))
     if tensor.device.type != "cuda":
         raise UnavailableError(f"{op} was given a tensor on {tensor.device}; pass NumPy arrays or CUDA tensors")
-    run = gpu_version(op)
+    run, kind = gpu_version(op), (op, tensor.dtype, tensor.device)
+    if kind not in _compiled:
+        run = _one_at_a_time(run, kind)
 
     def on_its_device(*args):
         with sys.modules["torch"].cuda.device(tensor.device):
@@ -77,10 +80,13 @@ def _for_tensor(op: str, tensor: Array, wish: str) -> Callable:
     return on_its_device
 
 
-def _one_at_a_time(run: Callable) -> Callable:
+def _one_at_a_time(run: Callable, kind: tuple | None = None) -> Callable:
     def alone(*args):
-        with _interpreting:
-            return run(*args)
+        with _alone:
+            result = run(*args)
+        if kind is not None:
+            _compiled.add(kind)
+        return result
 
     return alone
 
