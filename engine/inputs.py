@@ -3,7 +3,10 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from freemerge.accelerator import Accelerator, Lane
@@ -78,17 +81,28 @@ class Inputs:
         return accelerator.fits(copied + sum(sizes[:1]) + BESIDE * max(numels, default=0))
 
     def move_to(self, accelerator: Accelerator) -> None:
-        """Copy the models to the accelerator; those that lie there already stay as they are."""
-        lane = Lane(accelerator)
-        with lane.current():
-            self._move(lambda checkpoint: _lies_on(checkpoint, accelerator.device), lane.upload)
+        """Copy the models to the accelerator, by several lanes at once; those that lie there already stay."""
+        lanes: SimpleQueue[Lane] = SimpleQueue()
+        for _ in range(accelerator.lanes):
+            lanes.put(accelerator.lane())
+
+        def upload(array: Array) -> Array:
+            lane = lanes.get()
+            try:
+                with lane.current():
+                    return lane.upload(array)
+            finally:
+                lanes.put(lane)
+
+        with ThreadPoolExecutor(accelerator.lanes) as pool:
+            self._move(lambda checkpoint: _lies_on(checkpoint, accelerator.device), partial(pool.map, upload))
 
     def move_to_host(self) -> None:
         """Have files read into the system's cache, and copy what lies on a GPU."""
         for checkpoint in self.checkpoints:
             for name in checkpoint.tensors:
                 checkpoint.prefetch(name)
-        self._move(_lies_on_host, _on_host)
+        self._move(_lies_on_host, partial(map, _on_host))
 
     def shared(self) -> Iterable[Array]:
         """The arrays that are merged where they were given, and so must not be written to."""
@@ -100,17 +114,18 @@ class Inputs:
         self._stack.close()
         self.checkpoints = []
 
-    def _move(self, lies_there: Callable, move: Callable[[Array], Array]) -> None:
+    def _move(self, lies_there: Callable, move: Callable[[Iterable[Array]], Iterable[Array]]) -> None:
         self.checkpoints = [c if lies_there(c) else _Moved(c, move) for c in self.checkpoints]
 
 
 class _Moved:
     """A checkpoint whose tensors were copied to where they are merged."""
 
-    def __init__(self, checkpoint, move: Callable[[Array], Array]):
+    def __init__(self, checkpoint, move: Callable[[Iterable[Array]], Iterable[Array]]):
         self.label, self.config, self.tied = checkpoint.label, checkpoint.config, checkpoint.tied
         self.tensors = checkpoint.tensors
-        arrays = {name: move(checkpoint.read(name)) for name in self.tensors if name not in self.tied}
+        names = [name for name in self.tensors if name not in self.tied]
+        arrays = dict(zip(names, move(map(checkpoint.read, names)), strict=True))
         self.read = {name: arrays[self.tied.get(name, name)] for name in self.tensors}.__getitem__
 
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from freemerge import api, devices, methods, resident
+from freemerge.accelerator import is_out_of_memory
 from freemerge.api import MergedStateDict, Result
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.torch_arrays import to_torch
-from freemerge.errors import CheckpointError, FreemergeError, RecipeError, listed
+from freemerge.errors import CheckpointError, FreemergeError, RecipeError, UnavailableError, listed
 from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.inputs import Inputs, Model
@@ -75,12 +76,8 @@ class Session:
         if device == "auto":
             accelerators.sort(key=lambda accelerator: not inputs.lie_on(accelerator.device))
         self._torch = bool(accelerators) or inputs.in_torch
-        self._resident = not accelerators or inputs.fit(accelerators[0])
         self._accelerators = accelerators
-        if not accelerators:
-            inputs.move_to_host()
-        elif self._resident:
-            inputs.move_to(accelerators[0])
+        self._resident = self._settle()
         self._shared = Memory(inputs.shared())
         first = inputs.checkpoints[0] if inputs.checkpoints else MemoryCheckpoint({}, "base")
         self._planner: Planner | None = Planner(first, inputs.checkpoints[base is not None :])
@@ -148,6 +145,23 @@ class Session:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _settle(self) -> bool:
+        """Bring the models to where they are merged; False where there is no memory for them, so that they stream."""
+        if not self._accelerators:
+            self._inputs.move_to_host()
+            return True
+        first = self._accelerators[0]
+        if not self._inputs.fit(first):
+            return False
+        try:
+            self._inputs.move_to(first)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        first.empty_cache()  # what others hold counts too: the budget was only a guess
+        return False
+
     # -- one merge ------------------------------------------------------------------------------------------------
 
     def _plan(self, method: str, targets: Targets | None, dtype: str | None, parameters: dict[str, Any]) -> Plan:
@@ -158,7 +172,8 @@ class Session:
         return self._planner.plan(recipe, methods.get(recipe.method), dtypes=dtypes)
 
     def _merge_into_new(self, plan: Plan, check_finite: bool) -> MergedStateDict:
-        sink = MemorySink(plan)
+        with _said_of_memory():
+            sink = MemorySink(plan)
         cut_out = {name: MemoryExpert(name) for name in self._inputs.experts} if plan.method.writes_experts else {}
         extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
         self._run(plan, sink, check_finite, extraction)
@@ -178,7 +193,8 @@ class Session:
 
     def _run(self, plan: Plan, sink, check_finite: bool, extraction: Extraction | None = None) -> None:
         if self._resident:
-            resident.run(plan, sink, extraction=extraction, check_finite=check_finite)
+            with _said_of_memory():
+                resident.run(plan, sink, extraction=extraction, check_finite=check_finite)
             return
         # results are in memory anyway: there is nothing to limit
         run = {"max_memory": 1 << 62, "check_finite": check_finite, "accelerators": self._accelerators}
@@ -194,6 +210,17 @@ class Session:
             raise RecipeError("out: some models of this session are in memory; save them, and open it with their paths")
         options = {"dtype": dtype, "check_finite": check_finite, **self._options, **parameters}
         return api.merge(method, self._inputs.base, self._inputs.experts, out, **options)
+
+
+@contextmanager
+def _said_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "write into an earlier result with into=..., or give the session a lower max_gpu_memory to stream"
+        raise UnavailableError(f"the GPU's memory is full ({error}); {remedy}") from error
 
 
 @contextmanager

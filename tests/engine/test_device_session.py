@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import freemerge
-from freemerge import stream
+from freemerge import resident, stream
 from freemerge.checkpoint.torch_arrays import from_torch, to_torch
-from freemerge.errors import CheckpointError
+from freemerge.errors import CheckpointError, UnavailableError
+from freemerge.inputs import Inputs
 from freemerge.kernels import dispatch
 from freemerge.testing import tiny_llama, write_checkpoint
 
@@ -98,3 +99,20 @@ def test_streams_only_what_does_not_fit(arrays, monkeypatch, tmp_path):
         with freemerge.Session(paths[0], paths[1:], device="interpreter", max_gpu_memory=limit) as session:
             session.merge("average")
         assert bool(runs) == streams
+
+
+def test_a_gpu_that_is_fuller_than_it_seemed_streams(arrays, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inputs, "move_to", full)
+        session = freemerge.Session(*arrays, device="interpreter")
+    merged = session.merge("average")
+    expected = freemerge.merge_state_dicts("average", *arrays)
+    assert all(np.array_equal(from_torch(merged[name]), expected[name]) for name in expected)
+
+    with freemerge.Session(*arrays, device="interpreter") as session:
+        monkeypatch.setattr(resident, "run", full)
+        with pytest.raises(UnavailableError, match=r"memory is full(.|\n)*into="):
+            session.merge("average")
