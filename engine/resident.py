@@ -43,7 +43,7 @@ def _merge_task(plan: Plan, task: TensorTask, sink, extraction, watch: "_Finiten
     home = sink.direct(task.name)
     there = home is not None and _lies_with(home, base)
     out = home if there else empty(task.shape, task.dtype, base)
-    for run_base, run_experts, run_out in _runs(plan, task, base, experts, out):
+    for run_base, run_experts, run_out in _runs(task, base, experts, out):
         plan.merge(task, run_base, run_experts, run_out)
         if watch is not None:
             watch.look_at(task, run_out)
@@ -60,7 +60,7 @@ def _lies_with(home: Array, base: Array) -> bool:
 
 
 def _runs(
-    plan: Plan, task: TensorTask, base: Array, experts: list[Array | None], out: Array
+    task: TensorTask, base: Array, experts: list[Array | None], out: Array
 ) -> Iterator[tuple[Array, list[Array | None], Array]]:
     """The whole tensor; on the CPU, where the method allows it, runs that the cache holds until they are checked."""
     step = PIECE // task.dtype.itemsize

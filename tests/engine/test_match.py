@@ -15,6 +15,7 @@ def matched(base, *experts, **options):
 
 def test_equal_models_match_tensor_by_tensor():
     matcher = matched(tiny_llama(0), tiny_llama(1), tiny_llama(2))
+    assert not matcher.asked_fit
     assert not matcher.problems
     assert not matcher.warnings
     assert {match.name: match.sources for match in matcher.matches} == {name: (name, name) for name in tiny_llama(0)}
@@ -57,6 +58,7 @@ def test_crop_asks_the_method():
     base, expert = {"embed_tokens.weight": np.zeros((4, 3))}, {"embed_tokens.weight": np.zeros((6, 3))}
     for answer, sources in (("crop", ("embed_tokens.weight",)), ("skip", (None,))):
         matcher = matched(base, expert, fit=lambda name, shape, theirs, answer=answer: answer)
+        assert matcher.asked_fit
         assert not matcher.problems
         assert matcher.matches[0].sources == sources
 
