@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from freemerge.checkpoint.dtypes import NAMES
-from freemerge.checkpoint.memory import find_tied
 from freemerge.checkpoint.torch_arrays import from_torch, is_torch, placed_like, to_torch
 from freemerge.errors import PlanError, listed
 from freemerge.kernels.array import Array, dtype_of, is_tensor, numel
@@ -28,15 +27,16 @@ class Targets:
         given = into if isinstance(into, Mapping) else into.state_dict() if hasattr(into, "state_dict") else None
         if given is None:
             raise PlanError(f"into: a {type(into).__name__}, neither an nn.Module nor a state dict")
-        self.values = {name: value.detach() if is_torch(value) else value for name, value in given.items()}
+        self.values = {name: _without_gradient(value) for name, value in given.items()}
         self.unfit = {name: why for name, value in self.values.items() if (why := _unfit(value))}
         fit = {name: value for name, value in self.values.items() if name not in self.unfit}
         self.dtypes = {name: dtype_of(value) for name, value in fit.items()}
-        self._ties = find_tied(fit)
+        self._spans = {name: _span(value) for name, value in fit.items()}
 
-    def memory(self, name: str) -> str:
-        """The same name for all that share their memory."""
-        return self._ties.get(name, name)
+    def memory(self, name: str) -> tuple[int, int] | str:
+        """The same for all that share their memory."""
+        start, end = self._spans.get(name, (0, 0))
+        return (start, end) if start < end else name
 
 
 class ModuleSink:
@@ -106,18 +106,18 @@ class Memory:
                 self._starts.append(start)
                 self._ends.append(end)
 
-    def overlaps(self, array: Array) -> bool:
-        start, end = _span(array)
+    def overlaps(self, start: int, end: int) -> bool:
         before = bisect_left(self._starts, end) - 1
         return before >= 0 and self._ends[before] > start
 
 
 def _span(array: Array) -> tuple[int, int]:
-    if is_torch(array):
-        start = array.data_ptr()
-        return start, start + array.numel() * array.element_size()
-    start = array.__array_interface__["data"][0]
+    start = array.data_ptr() if is_tensor(array) else array.__array_interface__["data"][0]
     return start, start + array.nbytes
+
+
+def _without_gradient(value: Any) -> Any:
+    return value.detach() if is_torch(value) else value
 
 
 def _unfit(value: Any) -> str | None:
@@ -137,23 +137,26 @@ def _misfits(plan: Plan, targets: Targets, inputs: Memory) -> Iterator[str]:
         if task.name in targets.unfit:
             why = targets.unfit[task.name]
         elif task.name in targets.values:
-            why = _misfit(task, targets.values[task.name], targets.dtypes[task.name], inputs)
+            why = _misfit(task, targets, inputs)
         else:
             why = "merged, but not there to be written to"
         if why:
             yield f"{task.name}: {why}"
 
 
-def _misfit(task: TensorTask, target: Array, dtype: np.dtype, inputs: Memory) -> str | None:
-    if tuple(target.shape) != task.shape:
-        return f"{list(target.shape)} in the target, {list(task.shape)} in the result"
+def _misfit(task: TensorTask, targets: Targets, inputs: Memory) -> str | None:
+    shape, dtype, memory = targets.values[task.name].shape, targets.dtypes[task.name], targets.memory(task.name)
+    if shape != task.shape:
+        return f"{list(shape)} in the target, {list(task.shape)} in the result"
     if dtype != task.dtype:  # only of tensors that are no floats: those have the target's
         return f"{dtype} in the target, {task.dtype} in the result"
-    return "it is an input of this session: give a copy of that model" if inputs.overlaps(target) else None
+    if isinstance(memory, tuple) and inputs.overlaps(*memory):
+        return "it is an input of this session: give a copy of that model"
+    return None
 
 
 def _shared(plan: Plan, targets: Targets) -> Iterator[str]:
-    first: dict[str, str] = {}
+    first: dict = {}
     for task in plan.tasks:
         merged_as = task.match.same_as or task.name
         other = first.setdefault(targets.memory(task.name), merged_as)

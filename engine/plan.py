@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -226,7 +225,7 @@ class Planner:
         self, recipe: Recipe, method: Method, matches: list[Match], dtypes: Mapping[str, np.dtype] | None
     ) -> list[TensorTask]:
         wanted = recipe.out_dtype or recipe.dtype
-        plan_tensor = getattr(method.module, "plan_tensor", None) or partial(_plan_plainly, method.name)
+        plan_tensor, plain = getattr(method.module, "plan_tensor", None), TensorPlan("merge", method.name)
         tasks = []
         for match in matches:
             name, info = match.name, self.base.tensors[match.name]
@@ -238,7 +237,7 @@ class Planner:
                 tasks.append(TensorTask(name, info.shape, dtype, match, None, "copy: no expert takes part"))
                 continue
             chosen = settings(recipe, method, name, self._positions[name])
-            planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen)
+            planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen) if plan_tensor else plain
             # an expert is cut out of whole tensors
             elementwise = method.scope == "element" or (planned.elementwise and not method.writes_experts)
             done = (planned.transform, planned.workspace, elementwise)
@@ -252,11 +251,6 @@ def _fit(recipe: Recipe, method: Method):
     if hook is None:
         return never_fits
     return lambda name, shape, expert_shape: hook(name, shape, expert_shape, **settings(recipe, method, name, None))
-
-
-def _plan_plainly(transform: str, name: str, shape: tuple[int, ...], **_) -> TensorPlan:
-    """For a method without a plan_tensor of its own."""
-    return TensorPlan("merge", transform)
 
 
 def _cropped(expert: Array, shape: tuple[int, ...]) -> Array:
