@@ -32,9 +32,9 @@ class Accelerator:
 
     def __init__(self, device, name: str, limit: int, *, lanes: int):
         self.device, self.name, self.limit, self.lanes = device, name, limit, lanes
-        self._held = 0
+        self._held = self._largest = 0
         self._change = threading.Condition()
-        self._held_before = self._taken()
+        self._taken_before = self._taken()
 
     @classmethod
     def cuda(cls, device, limit: int | None = None) -> "Accelerator":
@@ -66,8 +66,9 @@ class Accelerator:
             # the limit may shrink meanwhile: what no longer fits then goes alone
             self._change.wait_for(lambda: self._held + nbytes <= self.limit or not self._held)
             self._held += nbytes
-        if self._taken() - self._held_before > self.limit:
-            self.empty_cache()  # torch keeps what is freed for the stream that freed it
+            self._largest = max(self._largest, nbytes)
+        if self._overflows():
+            self.empty_cache()
         try:
             yield
         finally:
@@ -91,6 +92,11 @@ class Accelerator:
             sys.modules["torch"].cuda.empty_cache()
             if cupy := sys.modules.get("cupy"):
                 cupy.get_default_memory_pool().free_all_blocks()
+
+    def _overflows(self) -> bool:
+        """Whether torch keeps too much: what is freed it keeps for the stream, and so for the lane, that freed it."""
+        at_most = 2 * self._largest * self.lanes  # asking takes longer than thinking
+        return at_most > self.limit and self._taken() - self._taken_before > self.limit
 
     def _taken(self) -> int:
         return sys.modules["torch"].cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0

@@ -33,7 +33,11 @@ class FakeCuda:
         self.get_device_name = lambda device: names[getattr(device, "index", device)]
         self.get_device_capability = lambda device: (9, 0)
         self.full = ()
-        self.memory_reserved = lambda device: 0
+        self.reserved, self.emptied = 0, 0
+        self.memory_reserved = lambda device: self.reserved
+
+    def empty_cache(self):
+        self.reserved, self.emptied = 0, self.emptied + 1
 
     def mem_get_info(self, device):
         if getattr(device, "index", device) in self.full:
@@ -135,6 +139,18 @@ def test_the_budget_is_a_share_of_what_is_free(machine):
     machine(gpus=("NVIDIA H200",))
     assert devices.find("cuda")[0].limit == 80 * GIB
     assert devices.find("cuda", 3 * GIB)[0].limit == 3 * GIB
+
+
+def test_what_torch_keeps_beyond_the_budget_is_given_back(machine):
+    machine()
+    cuda = sys.modules["torch"].cuda
+    cuda.reserved = 50 * GIB  # somebody else's in this process
+    accelerator = devices.find("cuda:0", 10 * GIB)[0]
+    for kept, emptied in ((60, 0), (61, 1), (60, 1)):
+        cuda.reserved = kept * GIB
+        with accelerator.reserve(GIB):
+            pass
+        assert cuda.emptied == emptied
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "", "mps"])
