@@ -1,8 +1,8 @@
 """magnitude_threshold in Triton: the bits of the magnitudes, digit by digit from the top, by histograms.
 
 Over whole arrays: five sweeps, each counting the next digit (7 bits, then 6) of the elements that share the digits
-found so far, in registers and with one integer addition a bin and program. A tiny kernel chooses the digit on the
-device, so that nothing waits for the host. More bins would need fewer sweeps, but Triton's histogram takes votes and
+found so far, in registers and with one integer addition a bin and program. The next sweep begins by choosing the digit,
+so that nothing waits for the host. More bins would need fewer sweeps, but Triton's histogram takes votes and
 counts for every bin, some 30 instructions an element with 64 bins, 45 with 128, 400 with 2048.
 
 By rows: a row that fits in registers is read once and bisected there; a longer one is swept digit by digit.
@@ -55,25 +55,38 @@ def _choose_digit(counts, prefix, greater, rank, BINS: tl.constexpr):
     return prefix * BINS + digit, greater + tl.sum(tl.where(digits > digit, counts, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _count_digit_kernel(
-    base, expert, state, counts, n: tl.int64, SHIFT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    base,
+    expert,
+    rank: tl.int64,
+    found,  # int64 [4]: prefix and number of greater elements before the last digit counted, and with it
+    counted,  # int64 [COUNTED]: how often each last digit occurs; COUNTED = 0: none was counted yet
+    counts,  # int64 [BINS]: the same for the next digit, added to
+    n: tl.int64,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    prefix = tl.full((), 0, tl.int32)
+    if COUNTED > 0:  # every program chooses for itself: cheaper than one more launch
+        before = tl.load(counted + tl.arange(0, COUNTED))
+        chosen, greater = _choose_digit(before, tl.load(found), tl.load(found + 1), rank, COUNTED)
+        if tl.program_id(0) == 0:
+            tl.store(found + 2, chosen)
+            tl.store(found + 3, greater)
+        prefix = chosen.to(tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    mine = _count_digit(base, expert, first, n, stride, tl.load(state).to(tl.int32), SHIFT, BINS, BLOCK, 3)
+    mine = _count_digit(base, expert, first, n, stride, prefix, SHIFT, BINS, BLOCK, 3)
     tl.atomic_add(counts + tl.arange(0, BINS), mine.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["rank"])
-def _choose_digit_kernel(counts, state, rank: tl.int64, value, ties, BINS: tl.constexpr):
-    bins = tl.arange(0, BINS)
-    found = tl.load(counts + bins)
-    tl.store(counts + bins, tl.zeros([BINS], tl.int64))  # for the next digit
-    prefix, greater = _choose_digit(found, tl.load(state), tl.load(state + 1), rank, BINS)
-    tl.store(state, prefix)
-    tl.store(state + 1, greater)
-    # after the last digit these are what was asked for
+def _choose_last_digit_kernel(rank: tl.int64, found, counted, value, ties, COUNTED: tl.constexpr):
+    before = tl.load(counted + tl.arange(0, COUNTED))
+    prefix, greater = _choose_digit(before, tl.load(found), tl.load(found + 1), rank, COUNTED)
     tl.store(value, prefix.to(tl.int32).to(tl.float32, bitcast=True))
     tl.store(ties, rank - greater)
 
@@ -137,14 +150,19 @@ def magnitude_threshold(
 
 
 def _together(pairs, rank: int, value: torch.Tensor, ties: torch.Tensor) -> None:
-    state = torch.zeros(2 + max(bins for _, bins in DIGITS), dtype=torch.int64, device=value.device)
-    counts = state[2:]
-    for shift, bins in DIGITS:
+    spaces = [bins for _, bins in DIGITS]
+    zeros = torch.zeros(2 * len(DIGITS) + sum(spaces), dtype=torch.int64, device=value.device)
+    found, *counts = zeros.split([2 * len(DIGITS), *spaces])
+    counted, known = counts[0], 0  # nothing yet
+    for k, (shift, bins) in enumerate(DIGITS):
         for base, expert in pairs:
             if n := expert.numel():
                 programs = min(triton.cdiv(n, BLOCK), MOST_PROGRAMS)
-                _count_digit_kernel[(programs,)](base, expert, state, counts, n, shift, bins, BLOCK, num_warps=4)
-        _choose_digit_kernel[(1,)](counts, state, rank, value, ties, bins, num_warps=1)
+                _count_digit_kernel[(programs,)](
+                    base, expert, rank, found, counted, counts[k], n, shift, bins, known, BLOCK, num_warps=4
+                )
+        found, counted, known = found[2 * (k > 0) :], counts[k], bins
+    _choose_last_digit_kernel[(1,)](rank, found, counted, value, ties, known, num_warps=1)
 
 
 def _rows(base: torch.Tensor | None, expert: torch.Tensor, rank: int, values: torch.Tensor, ties: torch.Tensor) -> None:

@@ -94,22 +94,36 @@ SIGNATURES = {
         COLUMNS=128,
         num_warps=4,
     ),
-    "magnitude_threshold._choose_digit_kernel": dict(
-        counts="*i64", state="*i64", rank="i64", value="*fp32", ties="*i64", BINS=128, num_warps=1
+    "magnitude_threshold._choose_last_digit_kernel": dict(
+        rank="i64", found="*i64", counted="*i64", value="*fp32", ties="*i64", COUNTED=64, num_warps=1
     ),
     "magnitude_threshold._count_digit_kernel bfloat16": dict(
         base="*bf16",
         expert="*bf16",
-        state="*i64",
+        rank="i64",
+        found="*i64",
+        counted="*i64",
         counts="*i64",
         n="i64:16",
         SHIFT=24,
         BINS=128,
+        COUNTED=0,
         BLOCK=2048,
         num_warps=4,
     ),
     "magnitude_threshold._count_digit_kernel float32": dict(
-        base="*fp32", expert="*fp32", state="*i64", counts="*i64", n="i64:16", SHIFT=6, BINS=64, BLOCK=2048, num_warps=4
+        base="*fp32",
+        expert="*fp32",
+        rank="i64",
+        found="*i64",
+        counted="*i64",
+        counts="*i64",
+        n="i64:16",
+        SHIFT=6,
+        BINS=64,
+        COUNTED=64,
+        BLOCK=2048,
+        num_warps=4,
     ),
     "magnitude_threshold._sweep_row_kernel bfloat16": dict(
         base="*bf16", expert="*bf16", rank="i64", values="*fp32", ties="*i64", width="i64:16", BLOCK=2048, num_warps=4
