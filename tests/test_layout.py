@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from freemerge import kernels, methods
+from freemerge.kernels import dispatch
 from freemerge.testing import versions
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,20 @@ def test_every_op_has_reference_compiled_version_test_and_benchmark(op):
     assert (ROOT / f"tests/ops/test_{op}.py").exists()
     assert (ROOT / f"benchmarks/bench_{op}.py").exists()
     assert versions(op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_one_gpu_version_called_like_its_reference_and_a_test(op):
+    paths = [path for folder in dispatch.GPU_FOLDERS if (path := ROOT / f"kernels/{folder}/{op}.py").exists()]
+    assert len(paths) == 1
+    assert (ROOT / f"tests/gpu/test_{op}.py").exists()
+    assert parameters(paths[0], op) == parameters(ROOT / f"kernels/{op}.py", f"{op}_reference")
+
+
+def parameters(path: Path, function: str) -> list[str]:
+    """The names of its parameters; read, because importing a GPU version takes the tools it is written in."""
+    definitions = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
+    return [argument.arg for node in definitions if node.name == function for argument in node.args.args]
 
 
 @pytest.mark.parametrize("name", methods.names())
