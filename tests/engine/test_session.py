@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import freemerge
 from freemerge import methods
@@ -53,10 +52,11 @@ def bits(tensor):
 
 
 def llama_module(dtype=torch.float32, *, tied=False):
+    transformers = pytest.importorskip("transformers")
     config = tiny_llama_config(tie_word_embeddings=tied)
     config = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(dtype)
 
 
 # -- the same as the other doors ----------------------------------------------------------------------------------
@@ -189,7 +189,8 @@ def test_into_notices_a_graph_that_still_needs_the_old_weights():
 def test_into_a_former_result_and_into_strange_memory():
     base, experts = llamas(np.float32)
     base["steps"] = np.array([3, 4])
-    with freemerge.Session(base, {name: {**e, "steps": base["steps"]} for name, e in experts.items()}) as session:
+    experts = {name: {**expert, "steps": base["steps"]} for name, expert in experts.items()}
+    with freemerge.Session(base, experts, device="cpu") as session:
         expected = session.merge("fr", scaling=0.4)
         former = session.merge("fr", scaling=0.1)
         arrays = {name: id(array) for name, array in former.items()}
