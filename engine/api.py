@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from freemerge import devices, methods, resident
+from freemerge.accelerator import is_out_of_memory
 from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, write_manifest
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter, write_file
-from freemerge.errors import CheckpointError, InputError, RecipeError, gathered
+from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, gathered
 from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
@@ -229,7 +230,7 @@ def merge_state_dicts(
         experts, `.experts` holds them, each with `.apply(state_dict)`.
 
     Raises:
-        InputError: tensors do not fit together; all problems at once.
+        InputError: tensors do not fit together, all problems at once; or a GPU's memory ran out.
     """
     named = (
         dict(experts) if isinstance(experts, Mapping) else {f"expert{t}": expert for t, expert in enumerate(experts)}
@@ -244,17 +245,31 @@ def merge_state_dicts(
     plan = make_plan(recipe, methods.get(recipe.method), reference, found, shard_size=1 << 62)
     dispatch.set_threads(threads)
     check_together(plan)
-    sink = MemorySink(plan)
     cut_out = {name: MemoryExpert(name) for name in named} if plan.method.writes_experts else {}
-    extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
-    run = {"extraction": extraction, "check_finite": check_finite}
-    if lies_on_gpu(plan):
-        resident.run(plan, sink, **run)
-    else:
-        Stream(plan, sink, max_memory=1 << 62, accelerators=accelerators, **run).run()
+    with _out_of_memory_explained():
+        sink = MemorySink(plan)
+        extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
+        run = {"extraction": extraction, "check_finite": check_finite}
+        if lies_on_gpu(plan):
+            resident.run(plan, sink, **run)
+        else:
+            Stream(plan, sink, max_memory=1 << 62, accelerators=accelerators, **run).run()
     merged = MergedStateDict((name, reference.like_input(name, sink.tensors[name])) for name in reference.tensors)
     merged.experts = tuple(cut_out.values())
     return merged
+
+
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UnavailableError(
+            "the GPU's memory ran out: inputs, result and a tensor's work have to fit there together; free some, or "
+            'pass the tensors on the CPU and device="cuda", which streams them through the GPU'
+        ) from error
 
 
 def _recipe(method_or_recipe, base, experts, dtype, parameters) -> Recipe:

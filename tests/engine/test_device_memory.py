@@ -7,7 +7,7 @@ import torch
 import freemerge
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.torch_arrays import from_torch, placed_like, to_torch
-from freemerge.errors import CheckpointError, PlanError
+from freemerge.errors import CheckpointError, PlanError, UnavailableError
 from freemerge.kernels import dispatch
 from freemerge.methods import get
 from freemerge.placement import check_together
@@ -110,6 +110,19 @@ def test_what_is_not_finite_is_named(kind):
         freemerge.merge_state_dicts("fr", base, {"math": expert}, device="interpreter")
     merged = freemerge.merge_state_dicts("average", base, {"math": expert}, device="interpreter", check_finite=False)
     assert np.isnan(np.asarray(merged["b"])).sum() == 1
+
+
+def test_a_gpu_too_small_is_said_to_be(monkeypatch):
+    def full(op):
+        def run(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return run
+
+    monkeypatch.setattr(dispatch, "gpu_version", full)
+    state = {"w": torch.ones(3, 4)}
+    with pytest.raises(UnavailableError, match=r"the GPU's memory ran out: .* device=.cuda., which streams"):
+        freemerge.merge_state_dicts("average", state, [state, state], device="interpreter")
 
 
 def test_inputs_that_lie_apart_are_listed():
