@@ -1,7 +1,8 @@
 """What each Triton kernel is compiled with ahead of time: `module.kernel`, an option behind a space, and its arguments.
 
 A string is a type ("*bf16" a pointer, divisible by 16; "i64" a number, "i64:16" one divisible by 16), a tuple of
-strings a tuple of arguments; anything else, None too, is a constant. `num_warps` and `num_stages` are launch options.
+strings a tuple of arguments; anything else, None too, is a constant.
+`num_warps`, `num_stages` and `enable_fp_fusion` are launch options.
 """
 
 EXPERTS = ("*bf16", "*bf16", "*bf16")
