@@ -139,23 +139,41 @@ def radices(n: int) -> tuple[int, ...] | None:
     points in shared memory suits; last the primes above 13, with many registers each. The first and the last pass have
     more to hold in registers and are no larger than 16; a pass of radix 1 does nothing.
     """
-    rest, twos, odd = n, 0, []
-    while rest % 2 == 0:
-        rest, twos = rest // 2, twos + 1
-    for prime in range(3, LARGEST_PRIME + 1, 2):
-        while rest % prime == 0:
-            rest //= prime
-            odd.append(prime)
-    if rest > 1:
+    small, primes = n, []
+    for prime in range(17, LARGEST_PRIME + 1, 2):
+        while small % prime == 0 and all(prime % d for d in range(3, 12, 2)):
+            small //= prime
+            primes.append(prime)
+    passes = min((_prime_passes(small), _fewest_passes(small)), key=len)
+    if np.prod(passes) != small:
         return None
-    passes = -(-twos // 4)
-    powers = [2 ** (twos // passes + (k < twos % passes)) for k in range(passes)]
-    order = [p for p in odd if p <= 13] + powers + [p for p in reversed(odd) if p > 13]
+    order = [*passes, *reversed(primes)]
     if not order or order[0] > 16 or len(order) == 1:
         order.insert(0, 1)
     if order[-1] > 16 or len(order) == 1:
         order.append(1)
     return tuple(order)
+
+
+def _prime_passes(n: int) -> list[int]:
+    """A pass for each odd factor up to 13, then powers of two of about one size."""
+    odd, twos = [], 0
+    while n % 2 == 0:
+        n, twos = n // 2, twos + 1
+    for prime in (3, 5, 7, 11, 13):
+        while n % prime == 0:
+            n //= prime
+            odd.append(prime)
+    count = -(-twos // 4)
+    return odd + [2 ** (twos // count + (k < twos % count)) for k in range(count)]
+
+
+@lru_cache(maxsize=1024)
+def _fewest_passes(n: int) -> list[int]:
+    """With 6, 9, 10, 12, 14 and 15 as well; of the ways with the fewest passes, the one with the smallest butterflies."""
+    ways = [[r, *_fewest_passes(n // r)] for r in range(2, 17) if n % r == 0]
+    best = min(ways, key=lambda way: (np.prod(way) != n, len(way), sum(way)), default=[])
+    return sorted(best, key=lambda r: (r & -r == r, -r))
 
 
 def point_bytes(n: int) -> int:

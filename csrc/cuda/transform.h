@@ -31,22 +31,34 @@ constexpr int radix_of(int pass) {
 constexpr int block_size(int pass) { return pass == 0 ? N : block_size(pass - 1) / radix_of(pass - 1); }
 constexpr int stride_of(int pass) { return block_size(pass) / radix_of(pass); }
 
-// The table of kernels/cuda/_transform.py: for each pass [powers][stride] roots exp(-2 pi i power j / block size), for the powers
-// 1, 2, 4, ... below a radix up to LARGEST_RADIX, all of 1 ... radix - 1 above it, there followed by the radix' own [radix] roots.
+// The table of kernels/cuda/_transform.py: for each pass roots exp(-2 pi i power j / block size), 0 <= j < stride, and that for
+//   IN_PAIRS   all powers 1 ... radix - 1, two beside each other: [pairs][stride][2]
+//   DOUBLED    the powers 1, 2, 4, ... only, where the table would not fit the caches: [powers][stride]
+//   DIRECT     all powers, [radix - 1][stride], followed by the [radix] roots exp(2 pi i j / radix): a prime too large for registers
+enum class Twiddles { NONE, IN_PAIRS, DOUBLED, DIRECT };
+
 constexpr bool in_registers(int radix) { return radix <= LARGEST_RADIX; }
 
-constexpr int powers_of(int radix) {
-  if (!in_registers(radix)) return radix - 1;
-  int count = 0;
-  for (int power = 1; power < radix; power *= 2) ++count;
-  return count;
+constexpr Twiddles twiddles_of(int pass) {
+  if (!in_registers(radix_of(pass))) return Twiddles::DIRECT;
+  if (radix_of(pass) == 1 || stride_of(pass) == 1) return Twiddles::NONE;
+  return radix_of(pass) <= 16 && stride_of(pass) <= 512 ? Twiddles::IN_PAIRS : Twiddles::DOUBLED;
 }
 
-constexpr int twiddles_at(int pass) {
-  if (pass == 0) return 0;
-  const int radix = radix_of(pass - 1);
-  return twiddles_at(pass - 1) + powers_of(radix) * stride_of(pass - 1) + (in_registers(radix) ? 0 : radix);
+constexpr int twiddle_count(int pass) {   // rounded up to whole pairs
+  const int radix = radix_of(pass), stride = stride_of(pass);
+  switch (twiddles_of(pass)) {
+    case Twiddles::NONE: return 0;
+    case Twiddles::IN_PAIRS: return radix / 2 * 2 * stride;
+    case Twiddles::DIRECT: return ((radix - 1) * stride + radix + 1) / 2 * 2;
+    default: break;
+  }
+  int powers = 0;
+  for (int power = 1; power < radix; power *= 2) ++powers;
+  return (powers * stride + 1) / 2 * 2;
 }
+
+constexpr int twiddles_at(int pass) { return pass == 0 ? 0 : twiddles_at(pass - 1) + twiddle_count(pass - 1); }
 
 constexpr int last_radix(int pass) { return radix_of(pass) > 1 || pass == 0 ? radix_of(pass) : last_radix(pass - 1); }
 constexpr bool SWIZZLED = last_radix(PASSES - 1) % 2 == 0;   // as in kernels/cuda/_transform.py
@@ -61,7 +73,7 @@ __device__ __forceinline__ int place(int start, int swizzled_start, int k) {
   if constexpr (STRIDE % 256 == 0 || !SWIZZLED)
     return swizzled_start + k * STRIDE;
   else if constexpr (power_of_two(STRIDE) && power_of_two(RADIX))
-    return swizzled_start ^ swizzled(k * STRIDE);
+    return (swizzled_start ^ (swizzled(k * STRIDE) & 15)) + (k * STRIDE & ~15);
   else
     return swizzled(start + k * STRIDE);
 }
@@ -114,32 +126,74 @@ struct Roots {
   __device__ __forceinline__ constexpr float operator[](int i) const { return values[i]; }
 };
 
+constexpr int even_part(int radix) { return radix % 2 ? 1 : 2 * even_part(radix / 2); }
+
+template <int A, int B>
+__device__ __forceinline__ void transform_as_product(Complex* x);
+
 template <int RADIX>
 __device__ __forceinline__ void transform_in_registers(Complex* x) {
-  if constexpr (RADIX == 1) {
-  } else if constexpr (RADIX % 2 == 1) {
+  if constexpr (RADIX == 9) {
+    transform_as_product<3, 3>(x);
+  } else if constexpr (RADIX == 15) {
+    transform_as_product<3, 5>(x);
+  } else if constexpr (RADIX % 2 == 1 && RADIX > 1) {
     constexpr Roots<RADIX> roots;
     odd_butterfly<RADIX>(x, roots, RADIX, InPlace{x});
-  } else {
+  } else if constexpr (even_part(RADIX) < RADIX) {
+    transform_as_product<RADIX / even_part(RADIX), even_part(RADIX)>(x);
+  } else if constexpr (RADIX > 1) {
     butterfly<RADIX>(x);
   }
 }
 
-// x[k] *= w^k for the j-th root w of the pass. Only powers of two are loaded, the others are products of at most log2(RADIX) of them:
-// fewer loads, and an error of that many roundings.
+// Butterflies over points B apart, roots of unity, butterflies over neighbours
+template <int A, int B>
+__device__ __forceinline__ void transform_as_product(Complex* x) {
+  constexpr Roots<A * B> roots;
+  Complex y[B][A];
+  FREEMERGE_UNROLL(8)
+  for (int b = 0; b < B; ++b) {
+    FREEMERGE_UNROLL(8)
+    for (int a = 0; a < A; ++a) y[b][a] = x[B * a + b];
+    transform_in_registers<A>(y[b]);
+    FREEMERGE_UNROLL(8)
+    for (int q = 1; q < A; ++q)
+      if (b > 0) y[b][q] = times(y[b][q], Complex{roots[2 * b * q], -roots[2 * b * q + 1]});
+  }
+  FREEMERGE_UNROLL(8)
+  for (int q = 0; q < A; ++q) {
+    Complex row[B];
+    FREEMERGE_UNROLL(8)
+    for (int b = 0; b < B; ++b) row[b] = y[b][q];
+    transform_in_registers<B>(row);
+    FREEMERGE_UNROLL(8)
+    for (int p = 0; p < B; ++p) x[q + A * p] = row[p];
+  }
+}
+
+// x[k] *= w^k for the j-th root w of the pass. What DOUBLED leaves out are products of at most log2(RADIX) roots, with an error
+// of that many roundings.
 template <int PASS>
 __device__ __forceinline__ void twiddle(Complex* x, const float2* table, int j) {
   constexpr int RADIX = radix_of(PASS), STRIDE = stride_of(PASS);
-  if constexpr (RADIX > 1 && STRIDE > 1) {
+  table += twiddles_at(PASS);
+  if constexpr (twiddles_of(PASS) == Twiddles::IN_PAIRS) {
+    FREEMERGE_UNROLL(8)
+    for (int k = 1; k < RADIX; k += 2) {
+      const float4 pair = reinterpret_cast<const float4*>(table)[k / 2 * STRIDE + j];
+      x[k] = times(x[k], Complex{pair.x, pair.y});
+      if (k + 1 < RADIX) x[k + 1] = times(x[k + 1], Complex{pair.z, pair.w});
+    }
+  } else if constexpr (twiddles_of(PASS) == Twiddles::DOUBLED) {
     Complex power[RADIX];
-    table += twiddles_at(PASS) + j;
-    int highest = 1;
+    int highest = 1, loaded = 0;
     FREEMERGE_UNROLL(61)
     for (int k = 1; k < RADIX; ++k) {
       if (k == 2 * highest) highest = k;
       if (k == highest) {
-        power[k] = {table->x, table->y};
-        table += STRIDE;
+        const int at = loaded++ * STRIDE + j;
+        power[k] = {table[at].x, table[at].y};
       } else {
         power[k] = times(power[highest], power[k - highest]);
       }
@@ -203,7 +257,7 @@ __device__ __forceinline__ void sums_in_memory(Points points, const float2* tabl
   constexpr int RADIX = radix_of(PASS), STRIDE = stride_of(PASS), PAIRS = RADIX / 2 + 1;
   static_assert(PAIRS <= THREADS, "a block has a thread for each pair of outputs of a butterfly");
   constexpr int GROUP = THREADS / PAIRS;
-  const float2* roots = table + twiddles_at(PASS) + powers_of(RADIX) * STRIDE;
+  const float2* roots = table + twiddles_at(PASS) + (RADIX - 1) * STRIDE;
   const int q = threadIdx.x / GROUP;
   for (int first = 0; first < N / RADIX; first += GROUP) {
     const int i = first + threadIdx.x % GROUP, start = i / STRIDE * (STRIDE * RADIX) + i % STRIDE;

@@ -83,8 +83,8 @@ def _module(source: str, defines: tuple[tuple[str, str], ...], device: int):
         raise UnavailableError(f"{source} needs CuPy to compile ({error}); pip install 'freemerge[gpu]'") from error
     path = _cached(source, dict(defines), f"sm_{major}{minor}")
     try:
+        module = cupy.RawModule(path=str(path))
         with cupy.cuda.Device(device):
-            module = cupy.RawModule(path=str(path))
             module.compile()
     except Exception as error:  # CUDADriverError, CUDARuntimeError, or what a mismatch of versions makes of them
         raise UnavailableError(

@@ -119,7 +119,7 @@ def columns_of(shape: tuple[int, int], axis: int, mask: Mask, device: torch.devi
     bounds, length = column_bounds(shape, axis, *mask), shape[axis]
     keep, drop = column_kinds(bounds, shape[1 - axis])
     mixed = np.flatnonzero((~keep & ~drop)[: length // 2 + 1])
-    places = transform(length).places
+    places = transform(length, shared_memory(device)).places
     kept = np.sort(places(np.flatnonzero(keep)))
     pairs = np.stack([places(mixed), places(-mixed % length)], axis=1)
     on_device = (torch.from_numpy(array).to(device) for array in (kept, pairs))
@@ -128,7 +128,7 @@ def columns_of(shape: tuple[int, int], axis: int, mask: Mask, device: torch.devi
 
 @lru_cache(maxsize=64)
 def table_of(n: int, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(transform(n).table()).to(device)
+    return torch.from_numpy(transform(n, shared_memory(device)).table()).to(device)
 
 
 # ---- the form "sweeps" ----
@@ -140,7 +140,7 @@ class Sweeps:
     def __init__(self, plan: HighPassGpuPlan, values: Sum, mask: Mask):
         self.plan, self.values, self.device = plan, values, values.device
         self.length, self.lines = values.shape[plan.axis], values.shape[1 - plan.axis]
-        self.transform: Transform = transform(self.length)
+        self.transform: Transform = transform(self.length, shared_memory(self.device))
         self.columns = columns_of(values.shape, plan.axis, mask, self.device)
         pairs = -(-self.lines // 2)
         kept, mixed = len(self.columns.kept), len(self.columns.mixed)
@@ -222,7 +222,7 @@ def across(spectrum: torch.Tensor, bounds: torch.Tensor, less: float, factor: fl
         return
     numbers = np.float32(less), np.float32(factor)
     if fits(lines, shared_memory(spectrum.device)):
-        there = transform(lines)
+        there = transform(lines, shared_memory(spectrum.device))
         kernel = _compile.load("high_pass_across.cu", "high_pass_across", there.defines)
         arguments = (spectrum, bounds, table_of(lines, spectrum.device), *numbers)
         kernel.launch((columns,), there.threads, arguments, there.shared_memory)

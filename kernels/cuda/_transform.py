@@ -5,10 +5,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from freemerge.kernels._high_pass_gpu_plan import LARGEST_RADIX, point_bytes, radices
+from freemerge.kernels._high_pass_gpu_plan import LARGEST_RADIX, SHARED_MEMORY, point_bytes, radices
 
-MULTIPROCESSOR = 2048, 65536, 233_472  # threads, registers and bytes of shared memory it has, on sm_80 and later
-RESERVED = 1024  # bytes of shared memory each block takes for itself
+THREADS, REGISTERS = 2048, 65536  # of a multiprocessor, on sm_80, sm_90 and sm_100
+RESERVED = 1024  # bytes of shared memory each block takes for itself; one block leaves no others
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,9 @@ class Transform:
         return list(zip(self.radices, strides.tolist(), strict=True))
 
     def table(self) -> np.ndarray:
-        """[roots, 2] float32: all passes' twiddles as transform.h describes them."""
-        parts = []
-        for radix, stride in self.passes():
-            direct = radix > LARGEST_RADIX
-            powers = range(1, radix) if direct else [1 << k for k in range((radix - 1).bit_length())]
-            parts += [-np.arange(stride) * power / (stride * radix) for power in powers]
-            if direct:
-                parts.append(np.arange(radix) / radix)
-        angles = 2 * np.pi * np.concatenate([*parts, [0.0]])  # the last so that no table is empty
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        """[roots, 2] float32: all passes' twiddles as transform.h describes them; never empty."""
+        turns = np.concatenate([*(_twiddles(radix, stride) for radix, stride in self.passes()), np.zeros(2)])
+        return np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1).astype(np.float32)
 
     def places(self, frequencies: np.ndarray) -> np.ndarray:
         """Where in shared memory each frequency comes out, int32."""
@@ -67,17 +60,30 @@ class Transform:
         return (at ^ (at >> 4 & 15) if swizzled else at).astype(np.int32)
 
 
+def _twiddles(radix: int, stride: int) -> np.ndarray:
+    """The roots of one pass, as angles in turns; an even number of them."""
+    once = -np.arange(stride) / (stride * radix)
+    if radix > LARGEST_RADIX:
+        turns = np.concatenate([np.outer(np.arange(1, radix), once).ravel(), np.arange(radix) / radix])
+    elif radix == 1 or stride == 1:
+        return np.zeros(0)
+    elif radix <= 16 and stride <= 512:
+        turns = np.outer(np.arange(1, radix // 2 * 2 + 1), once).reshape(-1, 2, stride).swapaxes(1, 2).ravel()
+    else:
+        turns = np.outer([1 << k for k in range((radix - 1).bit_length())], once).ravel()
+    return np.resize(turns, -(-len(turns) // 2) * 2)
+
+
 @lru_cache(maxsize=256)
-def transform(n: int) -> Transform:
-    """The transform of length n; `radices(n)` says whether there is one."""
+def transform(n: int, shared_memory_bytes: int = SHARED_MEMORY) -> Transform:
+    """The transform of length n where a block may have so much shared memory; `fits` says whether there is one."""
     factors = radices(n)
-    threads_there, registers, shared = MULTIPROCESSOR
     # threads, for want of registers: each quarter of a multiprocessor has its own, given out by warps
-    most = 4 * 32 * (registers // (4 * 32) // _registers(factors))
-    fitting = max(1, shared // (point_bytes(n) + RESERVED))
+    most = min(THREADS, 4 * 32 * (REGISTERS // (4 * 32) // _registers(factors)))
+    fitting = max(1, (shared_memory_bytes + RESERVED) // (point_bytes(n) + RESERVED))
 
     def blocks(threads: int) -> int:
-        return max(1, min(32, fitting, min(most, threads_there) // threads))
+        return max(1, min(32, fitting, most // threads))
 
     def cost(threads: int) -> float:
         """Turns of the whole block, by the points each takes; with fewer threads at once, less overlaps."""
@@ -95,4 +101,4 @@ def _registers(factors: tuple[int, ...]) -> int:
     if largest > 16:
         return 128 if largest <= 43 else 168
     # the first pass holds the base beside its points, the last multiplies them
-    return 80 if 16 in (factors[0], factors[-1]) else 72
+    return 80 if max(factors[0], factors[-1]) >= 12 else 72

@@ -14,7 +14,7 @@ from freemerge.kernels.cuda import _compile
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O0", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
 DEFINES = ["-DFREEMERGE_CUDA", "-DFREEMERGE_EMULATED", "-DFREEMERGE_ISA=device"]
 
 descending = False  # the order of blocks and threads
