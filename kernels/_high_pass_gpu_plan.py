@@ -170,7 +170,7 @@ def _prime_passes(n: int) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def _fewest_passes(n: int) -> list[int]:
-    """With 6, 9, 10, 12, 14 and 15 as well; of the ways with the fewest passes, the one with the smallest butterflies."""
+    """With 6, 9, 10, 12, 14 and 15 as well; of the shortest ways the one with the smallest butterflies."""
     ways = [[r, *_fewest_passes(n // r)] for r in range(2, 17) if n % r == 0]
     best = min(ways, key=lambda way: (np.prod(way) != n, len(way), sum(way)), default=[])
     return sorted(best, key=lambda r: (r & -r == r, -r))
