@@ -7,9 +7,9 @@
 // from `load`, the last pass back gives them to `store`: both run over device memory, coalesced, straight from and to registers.
 //
 // Points are (real, imaginary) pairs of 8 bytes, 16 of which fill the 32 banks. The late passes go through them in strides of
-// powers of two, all in one bank; so point i lies at i ^ (i / 16 % 16). A run of 16 stays a permutation of itself, strides of
-// 2 to 256 spread over all banks, and no memory is lost: 14336 points twice on a multiprocessor leave 1 KiB. Where the last
-// radix is odd, strides are odd as well, and points lie in order: the places of a butterfly then are one register and constants.
+// powers of two, all in one bank; so point i lies at i ^ (i / 16 % 16), with bit 3 turned over once more by bit 6 for the sake of
+// radix 8. A run of 16 stays a permutation of itself, strides of 2 to 256 spread over all banks, and no memory is lost: 14336
+// points twice on a multiprocessor leave 1 KiB. Where the last radix is odd, strides are odd as well, and points lie in order: the places of a butterfly then are one register and constants.
 #pragma once
 #include "device.h"
 #include "freemerge/butterfly.h"
@@ -63,7 +63,7 @@ constexpr int twiddles_at(int pass) { return pass == 0 ? 0 : twiddles_at(pass - 
 constexpr int last_radix(int pass) { return radix_of(pass) > 1 || pass == 0 ? radix_of(pass) : last_radix(pass - 1); }
 constexpr bool SWIZZLED = last_radix(PASSES - 1) % 2 == 0;   // as in kernels/cuda/_transform.py
 
-constexpr int swizzled(int i) { return SWIZZLED ? i ^ (i >> 4 & 15) : i; }
+constexpr int swizzled(int i) { return SWIZZLED ? i ^ (i >> 4 & 15) ^ (i >> 3 & 8) : i; }
 
 constexpr bool power_of_two(int n) { return (n & (n - 1)) == 0; }
 

@@ -56,8 +56,12 @@ class Transform:
         for radix, stride in self.passes():
             at += rest % radix * stride
             rest = rest // radix
-        swizzled = next((radix for radix in reversed(self.radices) if radix > 1), 1) % 2 == 0
-        return (at ^ (at >> 4 & 15) if swizzled else at).astype(np.int32)
+        return self.swizzled(at).astype(np.int32)
+
+    def swizzled(self, points: np.ndarray) -> np.ndarray:
+        """Where in shared memory each point lies: spread over the banks, as transform.h says."""
+        last = next((radix for radix in reversed(self.radices) if radix > 1), 1)
+        return points ^ (points >> 4 & 15) ^ (points >> 3 & 8) if last % 2 == 0 else points
 
 
 def _twiddles(radix: int, stride: int) -> np.ndarray:

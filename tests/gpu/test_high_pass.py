@@ -197,6 +197,20 @@ def test_a_transform_is_what_the_kernels_expect(n):
     assert len(set(there.places(np.arange(n)).tolist())) == n
 
 
+@pytest.mark.parametrize("n", [768, 1024, 2048, 3072, 4096, 5120, 5632, 8192, 11008, 13824, 14336, 28672])
+def test_half_a_warp_finds_its_points_in_different_banks(n):
+    there = transform(n)
+    for radix, stride in there.passes():
+        butterfly = np.arange(n // radix // 16 * 16)
+        first = butterfly // stride * stride * radix + butterfly % stride
+        ways = [
+            np.bincount(half % 16).max()  # 16 points of 8 bytes fill the banks
+            for k in range(radix)
+            for half in there.swizzled(first + k * stride).reshape(-1, 16)[:64]
+        ]
+        assert np.mean(ways) < 1.4
+
+
 def test_lengths_a_block_does_not_transform():
     assert radices(131) is None
     assert radices(50257) is None
