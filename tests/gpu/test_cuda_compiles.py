@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,3 +140,34 @@ def test_arguments_are_numbers_and_addresses():
     assert _compile.as_number(tensor) == tensor.data_ptr()
     assert _compile.as_number(None) == 0
     assert _compile.as_number(tensor).itemsize == _compile.as_number(None).itemsize == 8
+
+
+def test_a_kernel_is_launched_on_torchs_stream(monkeypatch):
+    calls, entered = [], []
+
+    class Entered:
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            entered.append(self.number)
+
+        def __exit__(self, *_):
+            pass
+
+    class Function:
+        max_dynamic_shared_size_bytes = 48 << 10
+
+        def __call__(self, grid, block, arguments, shared_mem):
+            calls.append((grid, block, arguments, shared_mem, self.max_dynamic_shared_size_bytes))
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=Entered, ExternalStream=Entered))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device))
+    kernel = _compile.Kernel(Function(), 3)
+    for shared in (1000, 100_000, 2000):
+        kernel.launch((5, 2), 64, (None,), shared)
+    assert entered == [3, 103] * 3
+    assert calls == [
+        ((5, 2), (64,), (0,), shared, most) for shared, most in ((1000, 48 << 10), (100_000, 100_000), (2000, 100_000))
+    ]
