@@ -11,7 +11,7 @@ _HOME = {
 }
 
 __all__ = ["__version__", *_HOME]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str):
