@@ -87,11 +87,9 @@ class Accelerator:
         self.empty_cache()
 
     def empty_cache(self) -> None:
-        """Give memory that torch and CuPy keep for later back to the device."""
+        """Give memory that torch keeps for later back to the device; CuPy launches kernels and holds none."""
         if self.device.type == "cuda":
             sys.modules["torch"].cuda.empty_cache()
-            if cupy := sys.modules.get("cupy"):
-                cupy.get_default_memory_pool().free_all_blocks()
 
     def _overflows(self) -> bool:
         """Whether torch keeps too much: what is freed it keeps for the stream, and so for the lane, that freed it."""
