@@ -1,0 +1,64 @@
+"""TALL masks, Consensus: the summed task vectors, only where enough experts claim an entry of the sum as theirs."""
+
+from collections.abc import Sequence
+
+from freemerge.errors import RecipeError
+from freemerge.kernels.array import Array, task_vector
+from freemerge.methods import PerExpert, TensorPlan
+from freemerge.methods._coefficients import per_expert
+from freemerge.methods._task_vectors import add_update, namespace, sum_of_task_vectors
+
+SCOPE = "element"
+SOURCE = "Localizing Task Information, Wang et al. 2024, arXiv:2405.07813; METHODS.md section 16"
+ALIASES = {"tall_lambda": "threshold", "consensus_threshold": "consensus", "lambda": "scaling"}
+
+
+def merge_tensor(
+    base: Array,
+    experts: Sequence[Array],
+    *,
+    name: str,
+    scaling: float = 0.3,
+    threshold: PerExpert = 0.4,
+    consensus: int = 2,
+    task: int | None = None,
+    out: Array,
+) -> None:
+    """Write base + m where at least `consensus` of the experts claim an entry, m = scaling * sum_t tau_t.
+
+    Expert t claims the entries where |tau_t| > threshold[t] * |m - tau_t|, tau_t = experts[t] - base.
+
+    Args:
+        scaling: the coefficient on the sum.
+        threshold: how much larger than threshold times the rest of the sum the expert's own part must be; 0.2 to 0.6.
+        consensus: how many experts have to claim an entry. 1 leaves out what no expert needs, 2 also what only one
+            needs.
+        task: number of an expert, from 0: write what it alone claims, its own model; consensus does not matter then.
+    """
+    base, out, *experts = (array.reshape(-1) for array in (base, out, *experts))
+    merged = sum_of_task_vectors(base, experts)
+    merged *= scaling
+    thresholds = per_expert(threshold, len(experts))
+    if task is not None:
+        merged *= _claimed(base, experts[task], merged, thresholds[task])
+    else:
+        pairs = zip(experts, thresholds, strict=True)
+        merged *= sum(1 * _claimed(base, expert, merged, value) for expert, value in pairs) >= consensus
+    add_update(base, merged, 1.0, out=out)
+
+
+def plan_tensor(
+    name: str, shape: tuple[int, ...], *, experts: int, consensus: int, task: int | None, **_
+) -> TensorPlan:
+    if task is None and not 1 <= consensus <= experts:
+        raise RecipeError(f"consensus is {consensus}, but there are {experts} experts; choose 1 to {experts}")
+    if task is not None and not 0 <= task < experts:
+        raise RecipeError(f"task is {task}, but the experts are numbered 0 to {experts - 1}")
+    return TensorPlan("merge", f"claimed by {'expert ' + str(task) if task is not None else f'{consensus} or more'}")
+
+
+def _claimed(base: Array, expert: Array, merged: Array, threshold: float) -> Array:
+    # the mask of one expert, bool
+    vector = task_vector(base, expert)
+    absolute = namespace(vector).abs
+    return absolute(vector) > threshold * absolute(merged - vector)
