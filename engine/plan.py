@@ -4,14 +4,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from freemerge import __version__
 from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
-from freemerge.errors import PlanError, listed
+from freemerge.errors import CheckpointError, PlanError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.all_finite import all_finite
 from freemerge.kernels.array import Array, is_float, is_tensor
@@ -58,7 +58,8 @@ class TensorTask:
 class Plan:
     """A checked merge, ready to run: `base` and `experts` are open, `shards` says where every byte goes.
 
-    `devices` names what is to run it, for people.
+    `devices` names what is to run it, for people; `settled` is what a method of model scope knows of the whole model,
+    once it has been measured.
     """
 
     recipe: Recipe
@@ -69,10 +70,16 @@ class Plan:
     shards: list[ShardPlan]
     warnings: list[str] = field(default_factory=list)
     devices: tuple[str, ...] = ("cpu",)
+    settled: Any = None
 
     @property
     def bytes_in(self) -> int:
         return sum(self.bytes_read(task) for task in self.tasks)
+
+    @property
+    def measured(self) -> list[TensorTask]:
+        """The tensors that a method of model scope looks at before it merges any."""
+        return [task for task in self.tasks if task.settings is not None and not task.match.same_as]
 
     @property
     def bytes_out(self) -> int:
@@ -110,11 +117,37 @@ class Plan:
         """
         if task.settings is not None:
             used = base if self.method.uses_base else None
-            self.method.module.merge_tensor(used, experts, name=task.name, **task.settings, out=out)
+            self.method.module.merge_tensor(used, experts, name=task.name, **task.settings, **self._known, out=out)
         elif is_float(task.dtype):
             add_task_vectors(base, [], [], out=out)
         else:
             out[...] = base
+
+    def measure(self, task: TensorTask, base: Array, experts: Sequence[Array]) -> np.ndarray:
+        """Measure one of the tensors `measured`; arrays as for `merge`, of the whole tensor.
+
+        Raises:
+            CheckpointError: the tensor holds NaN or Inf.
+        """
+        used = base if self.method.uses_base else None
+        found = self.method.module.measure_tensor(used, experts, name=task.name, **task.settings, **self._so_far)
+        if not np.isfinite(found).all():
+            raise CheckpointError(listed([self.why_not_finite(task, base, experts)], "Mend the model."))
+        return found
+
+    def settle(self, statistics: Mapping[str, np.ndarray]) -> "Plan":
+        """The plan after a sweep that measured the tensors `measured`."""
+        first = self.measured[0]
+        in_order = {task.name: statistics[task.name] for task in self.measured}
+        return replace(self, settled=self.method.module.settle(in_order, **first.settings, **self._so_far))
+
+    @property
+    def _known(self) -> dict[str, Any]:
+        return {"settled": self.settled} if self.method.scope == "model" else {}
+
+    @property
+    def _so_far(self) -> dict[str, Any]:
+        return {} if self.settled is None else self._known
 
     def why_not_finite(self, task: TensorTask, base: Array, experts: Sequence[Array | None]) -> str:
         """What to say of a tensor with NaN or Inf in its result; arrays as for `merge`."""
@@ -155,7 +188,7 @@ class Plan:
             "tensors": len(self.tasks),
             "merged": sum(task.settings is not None and not task.match.same_as for task in self.tasks),
             "experts": len(self.experts),
-            "passes": 1,
+            "passes": 1 + self.method.sweeps,
             "devices": list(self.devices),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,

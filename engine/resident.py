@@ -6,6 +6,8 @@ On a GPU nothing waits for it before all of its work is queued.
 import sys
 from collections.abc import Iterator
 
+import numpy as np
+
 from freemerge.checkpoint.checksum import PIECE
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels.all_finite import all_finite
@@ -24,6 +26,8 @@ def run(plan: Plan, sink, *, extraction=None, check_finite: bool = True) -> None
     Raises:
         CheckpointError: NaN or Inf in the result, and in which of its tensors; all of it is in the sink.
     """
+    for _ in range(plan.method.sweeps if plan.measured else 0):
+        plan = plan.settle({task.name: _measure_task(plan, task) for task in plan.measured})
     watch = _Finiteness(plan) if check_finite else None
     for task in plan.tasks:
         if task.match.same_as is None:
@@ -35,6 +39,10 @@ def run(plan: Plan, sink, *, extraction=None, check_finite: bool = True) -> None
             sink.tie(task.name, task.match.same_as)
     if extraction is not None:
         extraction.finish()
+
+
+def _measure_task(plan: Plan, task: TensorTask) -> np.ndarray:
+    return plan.measure(task, plan.base.read(task.name), plan.read_experts(task))
 
 
 def _merge_task(plan: Plan, task: TensorTask, sink, extraction, watch: "_Finiteness | None") -> None:

@@ -2,8 +2,11 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+
+import numpy as np
 
 from freemerge.accelerator import CHUNK, Accelerator, is_out_of_memory
 from freemerge.buffers import BufferPool
@@ -70,13 +73,21 @@ class Stream:
         for task in self.plan.tasks:
             if task.name in self.sink.done:
                 self.progress.add(task, 1.0)
-        self._units.extend(unit for task in todo if not task.match.same_as for unit in self._split(task))
-        self._run_threads(todo)
+        self._survey()
+        self._run_threads(todo, [unit for task in todo if not task.match.same_as for unit in self._split(task)])
         for task in todo:
             if task.match.same_as:
                 self._copy_tied(task)
         if self.extraction:
             self.extraction.finish()
+
+    def _survey(self) -> None:
+        """What a method of model scope has to know of all tensors before it merges one."""
+        tasks = self.plan.measured
+        for _ in range(self.plan.method.sweeps if tasks else 0):
+            statistics: dict[str, np.ndarray] = {}
+            self._run_threads(tasks, [Measurement(task, 0, task.size, statistics) for task in tasks])
+            self.plan = self.plan.settle(statistics)
 
     def _split(self, task: TensorTask) -> Iterator[Unit]:
         if not task.elementwise:
@@ -88,7 +99,9 @@ class Stream:
 
     # -- threads ------------------------------------------------------------------------------------------------
 
-    def _run_threads(self, todo: list[TensorTask]) -> None:
+    def _run_threads(self, todo: list[TensorTask], units: Iterable[Unit]) -> None:
+        self._stop = False
+        self._units.extend(units)
         ahead = ReadAhead(self.plan, [task for task in todo if not task.match.same_as])
         workers = [threading.Thread(target=self._work, args=(ahead, gpu), daemon=True) for gpu in self._crew()]
         for thread in (ahead, *workers):
@@ -122,7 +135,8 @@ class Stream:
             while not self._stop and (unit := self._next(gpu)) is not None:
                 ahead.reached(unit.task)
                 if self._run_unit(unit, gpu):
-                    self.progress.add(unit.task, (unit.stop - unit.start) / max(1, unit.task.size))
+                    share = (unit.stop - unit.start) / max(1, unit.task.size)
+                    self.progress.add(unit.task, share, written=not isinstance(unit, Measurement))
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -150,7 +164,10 @@ class Stream:
         where = gpu if gpu and unit.task.settings is not None and gpu.fits(unit) else self._host
         try:
             with where.reserved(unit):
-                self._merge_unit(unit, where)
+                if isinstance(unit, Measurement):
+                    self._measure_unit(unit, where)
+                else:
+                    self._merge_unit(unit, where)
             return True
         except Exception as error:
             if where is not gpu or not is_out_of_memory(error):
@@ -160,6 +177,10 @@ class Stream:
         with self._lock:
             self._units.appendleft(unit)
         return False
+
+    def _measure_unit(self, unit: "Measurement", where: OnHost | OnAccelerator) -> None:
+        with where.held(unit) as (base, experts, _):
+            unit.statistics[unit.task.name] = self.plan.measure(unit.task, base, experts)
 
     def _merge_unit(self, unit: Unit, where: OnHost | OnAccelerator) -> None:
         task = unit.task
@@ -213,16 +234,24 @@ def _hash(pieces: PieceChecksum | None, task: TensorTask, first_element: int, ar
         pieces.update(first_element * task.dtype.itemsize, array)
 
 
+@dataclass(frozen=True)
+class Measurement(Unit):
+    """A tensor that is looked at; what is found goes into `statistics`, by name."""
+
+    statistics: dict[str, np.ndarray]
+
+
 class _Progress:
     def __init__(self, plan: Plan, tell: Callable | None):
         self._plan, self._tell = plan, tell
-        self._total = plan.bytes_in + plan.bytes_out
+        surveyed = plan.method.sweeps * sum(map(plan.bytes_read, plan.measured))
+        self._total = plan.bytes_in + plan.bytes_out + surveyed
         self._done = 0.0
         self._lock = threading.Lock()
 
-    def add(self, task: TensorTask, share: float) -> None:
+    def add(self, task: TensorTask, share: float, *, written: bool = True) -> None:
         if self._tell is None:
             return
         with self._lock:
-            self._done += share * (self._plan.bytes_read(task) + task.nbytes)
+            self._done += share * (self._plan.bytes_read(task) + task.nbytes * written)
             self._tell(round(self._done), self._total)

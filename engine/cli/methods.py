@@ -68,6 +68,7 @@ def _print(method) -> None:
 _SCOPES = {
     "element": "any run of elements is merged on its own",
     "tensor": "a tensor is merged as a whole",
+    "model": "all tensors are measured before the first is merged",
 }
 
 

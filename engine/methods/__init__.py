@@ -3,7 +3,8 @@
 A method module `engine/methods/<name>.py` is found by its name. It holds
 
     \"\"\"First line: what it does, shown by `freemerge methods`.\"\"\"
-    SCOPE       "element" (any contiguous run of elements can be merged alone) or "tensor" (needs whole tensors)
+    SCOPE       "element" (any contiguous run of elements can be merged alone), "tensor" (needs whole tensors) or
+                "model" (needs to know something of all tensors first)
     SOURCE      paper and section of METHODS.md
     USES_BASE   False for a method that never looks at the base (optional, True)
     VARIANTS    name of a variant -> the parameters it presets (optional)
@@ -28,8 +29,17 @@ Optional hooks, called with every parameter by its name (`**params`):
         An expert's tensor of another shape than the base's: take [:H, :W] of it; leave this expert out (merge_tensor
         gets None in its place); or None: it is an error.
 
-A method that writes experts (WRITES_EXPERTS) also has these, in the order they are called. `expert` arrays are in
-their storage dtype, `merged` is the backbone's tensor in the dtype it is stored in.
+A method of scope "model" is called before anything is merged, for every merged tensor, SWEEPS (1) times:
+
+    measure_tensor(base, experts, *, name, **params) -> np.ndarray
+        Numbers of one tensor, few of them; from the second sweep on with settled=..., of the sweep before. NaN or Inf
+        among them ends the merge.
+    settle(statistics, **params) -> Any
+        After each sweep: what follows from the arrays of all tensors, by name; from the second sweep on with
+        settled=..., of the sweep before. merge_tensor gets the last as settled=... It is the same on every device.
+
+A method that writes experts (WRITES_EXPERTS; of scope "element" or "tensor") has these instead, in the order they are
+called. `expert` arrays are in their storage dtype, `merged` is the backbone's tensor in the dtype it is stored in.
 
     expert_scope(**params) -> "row" | "tensor" | "model"
         What the selected entries compete with.
@@ -89,7 +99,8 @@ class Parameter:
 class Method:
     name: str
     summary: str
-    scope: Literal["element", "tensor"]
+    scope: Literal["element", "tensor", "model"]
+    sweeps: int  # over all tensors before the first is merged
     source: str
     uses_base: bool
     writes_experts: bool
@@ -144,6 +155,7 @@ def get(name: str) -> Method:
         name=name,
         summary=_first_line(module.__doc__),
         scope=module.SCOPE,
+        sweeps=getattr(module, "SWEEPS", 1) if module.SCOPE == "model" else 0,
         source=module.SOURCE,
         uses_base=getattr(module, "USES_BASE", True),
         writes_experts=getattr(module, "WRITES_EXPERTS", False),
@@ -189,7 +201,7 @@ def _parameters(merge_tensor) -> dict[str, Parameter]:
     return {
         p.name: _parameter(p.name, p.default, annotations[p.name], helps.get(p.name, ""))
         for p in inspect.signature(merge_tensor).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "out")
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "settled", "out")
     }
 
 
