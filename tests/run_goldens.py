@@ -280,6 +280,41 @@ def adamerging(case: Case) -> dict[str, Callable[[], StateDict]]:
     }
 
 
+def opcm(case: Case) -> dict[str, Callable[[], StateDict]]:
+    given = {"variant": "official", "alpha": case.hyper["alpha"]}
+    vectors = [{name: array.astype(np.float64) for name, array in one.items()} for one in task_vectors(case)]
+
+    def after(count):
+        return merge_state_dicts("opcm", case.base, case.experts[:count], **given)
+
+    def coefficient(count):  # of biases, which are added up, the merge is the sum divided by it
+        merged = merge_state_dicts("opcm", zeros_like(vectors[0]), vectors[:count], **given)
+        biases = [name for name in merged if name.endswith("bias")]
+        total = np.concatenate([sum(one[name] for one in vectors[:count]) for name in biases])
+        return np.linalg.norm(total) / np.linalg.norm(np.concatenate([merged[name] for name in biases]))
+
+    groups = whole_weights(case, "opcm", **given)
+    groups["expected_scalar"] = lambda: {"lambda": np.array([coefficient(t + 1) for t in range(len(vectors))])}
+    return groups | {f"expected_step{t}": lambda t=t: after(t + 1) for t in range(len(vectors))}
+
+
+def doge(case: Case) -> dict[str, Callable[[], StateDict]]:
+    given = {"variant": "official", "scaling": case.hyper["lam"], "density": case.hyper["K"] / 100}
+    given |= {"learning_rate": case.hyper["lr"], "steps": case.hyper["iters"], "subspace": case.hyper["subspace"]}
+
+    def shift():  # untrimmed and merged onto zeros it is a multiple of what is added to the task vectors
+        vectors = [{name: array.astype(np.float64) for name, array in one.items()} for one in task_vectors(case)]
+        merged = merge_state_dicts("doge", zeros_like(vectors[0]), vectors, **given | {"density": 1.0})
+        shifts = {}
+        for name in case.groups["expected_shift"]:
+            weights = [given["scaling"] / np.linalg.norm(one[name]) for one in vectors]
+            moved = sum(weight * one[name] for weight, one in zip(weights, vectors, strict=True))
+            shifts[name] = (merged[name] - moved) / sum(weights)
+        return shifts
+
+    return whole_weights(case, "doge", **given) | {"expected_shift": shift}
+
+
 COMPUTE = {
     "average": lambda case: whole_weights(case, "average"),
     "task_arithmetic": lambda case: whole_weights(case, "task_arithmetic", scaling=case.hyper["lam"]),
@@ -292,6 +327,8 @@ COMPUTE = {
     "tsvm": plain,
     "tall_mask": tall_mask,
     "adamerging": adamerging,
+    "opcm": opcm,
+    "doge": doge,
 }
 
 

@@ -68,6 +68,23 @@ def remove_columns_in(matrix: Array, basis: Array) -> None:
         matrix[rows] -= basis[rows] @ coordinates
 
 
+def remove_overlap(matrix: Array, directions: Triplets, share: float) -> None:
+    """Take away from a matrix, in place, u_i (u_i^T matrix v_j) v_j^T for all i, j < p, and for all i = j.
+
+    p is the number of leading directions whose values together are at most `share` of the sum of all; 0 if that is all.
+    """
+    left, values, right = directions
+    xp = namespace(values)
+    sums = xp.cumsum(values, 0)
+    p = int((sums <= share * sums[-1]).sum()) % len(values)
+    overlap = left.T @ matrix @ right
+    removed = xp.diag(xp.diagonal(overlap))
+    removed[:p, :p] = overlap[:p, :p]
+    removed = left @ removed
+    for rows in _runs(matrix):
+        matrix[rows] -= removed[rows] @ right.T
+
+
 def orthogonalized(parts: Triplets, values: Array) -> Array:
     """float32 [H, W]: polar(left) diag(values) polar(right)^T, the columns of both sides made orthonormal together.
 
