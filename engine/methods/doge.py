@@ -1,5 +1,6 @@
 """DOGE: Task Arithmetic whose task vectors share a shift, optimised so that they conflict less, and are trimmed."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -58,8 +59,8 @@ def merge_tensor(
     if not _is_merged(name, tuple(base.shape), include, exclude):
         return add_task_vectors(base, [], [], out=out)
     vectors = [task_vector(base, expert) for expert in experts]
-    norms = np.sqrt(task_vector_statistics(None, vectors).sum_squares)
-    weights = [scaling / float(norm) if norm else 0.0 for norm in norms]
+    squares = task_vector_statistics(None, vectors).sum_squares.tolist()
+    weights = [scaling / math.sqrt(square) if square else 0.0 for square in squares]
     shift = _shift(vectors, weights, _protected(vectors, subspace), steps, learning_rate)
     update = namespace(shift).zeros_like(shift)
     for vector, weight, threshold in zip(vectors, weights, settled.values, strict=True):

@@ -56,7 +56,7 @@ def measure_tensor(
     base: Array, experts: Sequence[Array], *, name: str, alpha: float, added: Sequence[str], rescaled: Sequence[str]
 ) -> np.ndarray:
     """[3, T]: squared norms of the task vectors; of the sum after each expert; of a rescaled tensor."""
-    own = task_vector_statistics(base, experts).sum_squares
+    own = np.array(task_vector_statistics(base, experts).sum_squares.tolist())
     if matches(name, rescaled):
         return np.array([own, own * 0, own])
     sums = [
