@@ -27,6 +27,13 @@ MANY = [
     ("free", {}),
     ("free", {"variant": "script", "scaling": 0.2}),
     ("free", {"selection": "model"}),
+    ("adamerging", {"weight": [0.2, 0.5, 1.3]}),
+    ("doge", {"steps": 20}),
+    ("iso_c", {"averaged": ["embed"]}),
+    ("iso_cts", {"scaling": 0.7}),
+    ("opcm", {}),
+    ("tall_mask", {"consensus": 1}),
+    ("tsvm", {}),
 ]
 
 
