@@ -73,7 +73,8 @@ class Stream:
         for task in self.plan.tasks:
             if task.name in self.sink.done:
                 self.progress.add(task, 1.0)
-        self._survey()
+        if todo:
+            self._survey()
         self._run_threads(todo, [unit for task in todo if not task.match.same_as for unit in self._split(task)])
         for task in todo:
             if task.match.same_as:
@@ -155,7 +156,8 @@ class Stream:
             return unit
 
     def _is_cut(self, unit: Unit, step: int) -> bool:
-        return unit.task.settings is not None and unit.task.elementwise and unit.stop - unit.start > step
+        mergeable = unit.task.settings is not None and not isinstance(unit, Measurement)
+        return mergeable and unit.task.elementwise and unit.stop - unit.start > step
 
     # -- one unit -----------------------------------------------------------------------------------------------
 
@@ -164,10 +166,8 @@ class Stream:
         where = gpu if gpu and unit.task.settings is not None and gpu.fits(unit) else self._host
         try:
             with where.reserved(unit):
-                if isinstance(unit, Measurement):
-                    self._measure_unit(unit, where)
-                else:
-                    self._merge_unit(unit, where)
+                work = self._measure_unit if isinstance(unit, Measurement) else self._merge_unit
+                work(unit, where)
             return True
         except Exception as error:
             if where is not gpu or not is_out_of_memory(error):

@@ -9,8 +9,8 @@ from freemerge.methods import TensorPlan, matches
 from freemerge.methods._linear_algebra import PIECE
 from freemerge.methods._task_vectors import DENSE, add_update
 
-DECOMPOSITION = 2.0  # nanoseconds of one core for each n^3: eigenvectors of a float64 matrix of n x n
-PRODUCT = 0.06  # nanoseconds of one core for a multiplication and addition of float64
+DECOMPOSITION = 0.35  # nanoseconds of one core for each n^3: eigenvectors of a float64 matrix of n x n
+PRODUCT = 0.05  # nanoseconds of one core for a multiplication and addition of float64
 
 
 def is_spectral(name: str, shape: tuple[int, ...], averaged: Sequence[str]) -> bool:
@@ -43,7 +43,7 @@ def plan_spectrally(
 ) -> TensorPlan:
     """The plan of one tensor: `dense` float32 matrices of its size at a time, `decompositions` of its shorter side."""
     if not is_spectral(name, shape, averaged):
-        return TensorPlan("merge", "mean")
+        return TensorPlan("merge", "mean", elementwise=True)
     size, n = math.prod(shape), min(shape)
     workspace = DENSE * size * dense + 8 * (4 * n * n + 2 * min(size, PIECE))
     cost = decompositions * (DECOMPOSITION * n**3 + 2 * PRODUCT * n * size)

@@ -118,7 +118,7 @@ def plan_tensor(
     if subspace < 1:
         raise RecipeError(f"subspace is {subspace}; n / subspace directions are at most n: choose 1 or more")
     if not _is_merged(name, shape, include, exclude):
-        return TensorPlan("copy")
+        return TensorPlan("copy", elementwise=True)
     return plan_spectrally(name, shape, (), dense=2 * experts + 7, decompositions=experts + 1, transform="shifted sum")
 
 

@@ -10,7 +10,7 @@ from freemerge.kernels.task_vector_statistics import task_vector_statistics
 from freemerge.methods import Patterns, TensorPlan, matches
 from freemerge.methods._linear_algebra import remove_overlap, triplets
 from freemerge.methods._spectral import is_spectral, plan_spectrally
-from freemerge.methods._task_vectors import add_update
+from freemerge.methods._task_vectors import DENSE, add_update
 
 SCOPE = "model"
 SOURCE = "Merging Models on the Fly, Tang et al. 2025, arXiv:2501.09522; METHODS.md section 9"
@@ -82,11 +82,11 @@ def plan_tensor(
     name: str, shape: tuple[int, ...], *, experts: int, added: Sequence[str], rescaled: Sequence[str], **_
 ) -> TensorPlan:
     if matches(name, rescaled):
-        return TensorPlan("merge", "first expert, rescaled")
+        return TensorPlan("merge", "first expert, rescaled", DENSE * math.prod(shape))
     planned = plan_spectrally(
         name, shape, added, dense=6, decompositions=2 * (experts - 1), transform="orthogonal to the experts before"
     )
-    return planned if is_spectral(name, shape, added) else TensorPlan("merge", "sum", 8 * math.prod(shape))
+    return planned if is_spectral(name, shape, added) else TensorPlan("merge", "sum", 2 * DENSE * math.prod(shape))
 
 
 def _sums(base: Array, experts: Sequence[Array], name: str, alpha: float, added: Sequence[str]) -> Iterator[Array]:

@@ -1,14 +1,16 @@
 """TALL masks, Consensus: the summed task vectors, only where enough experts claim an entry of the sum as theirs."""
 
+import math
 from collections.abc import Sequence
 
 from freemerge.errors import RecipeError
 from freemerge.kernels.array import Array, task_vector
 from freemerge.methods import PerExpert, TensorPlan
 from freemerge.methods._coefficients import per_expert
-from freemerge.methods._task_vectors import add_update, namespace, sum_of_task_vectors
+from freemerge.methods._task_vectors import DENSE, add_update, namespace, sum_of_task_vectors
 
 SCOPE = "element"
+RUN = 1 << 21  # elements that the engine has merged at a time on the CPU, at most
 SOURCE = "Localizing Task Information, Wang et al. 2024, arXiv:2405.07813; METHODS.md section 16"
 ALIASES = {"tall_lambda": "threshold", "consensus_threshold": "consensus", "lambda": "scaling"}
 
@@ -54,7 +56,8 @@ def plan_tensor(
         raise RecipeError(f"consensus is {consensus}, but there are {experts} experts; choose 1 to {experts}")
     if task is not None and not 0 <= task < experts:
         raise RecipeError(f"task is {task}, but the experts are numbered 0 to {experts - 1}")
-    return TensorPlan("merge", f"claimed by {'expert ' + str(task) if task is not None else f'{consensus} or more'}")
+    claimed = f"claimed by {'expert ' + str(task) if task is not None else f'{consensus} or more'}"
+    return TensorPlan("merge", claimed, 5 * DENSE * min(math.prod(shape), RUN))
 
 
 def _claimed(base: Array, expert: Array, merged: Array, threshold: float) -> Array:
