@@ -62,7 +62,7 @@ def task_vector(base: Array | None, expert: Array) -> Array:
         with np.errstate(over="ignore"):
             return expert.astype(np.float32)
     wide = np.float64 if np.float64 in (base.dtype, expert.dtype) else np.float32
-    return (expert.astype(wide) - base.astype(wide)).astype(np.float32)
+    return np.asarray(expert.astype(wide) - base.astype(wide), np.float32)  # 0-d too, where NumPy answers a number
 
 
 def _tensor_task_vector(base: Array | None, expert: Array) -> Array:

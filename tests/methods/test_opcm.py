@@ -20,7 +20,7 @@ def models(count, shapes=SHAPES, scale=0.1):
     base = {name: random_array(shape, np.float32, i) for i, (name, shape) in enumerate(shapes.items())}
     return base, [
         {
-            name: array + random_array(array.shape, np.float32, 50 * t + i, scale)
+            name: np.asarray(array + random_array(array.shape, np.float32, 50 * t + i, scale))
             for i, (name, array) in enumerate(base.items(), 1)
         }
         for t in range(1, count + 1)
@@ -69,6 +69,16 @@ def close(merged, expected):
 def test_matches_the_published_loop(count, alpha):
     base, experts = models(count)
     close(merge_state_dicts("opcm", base, experts, alpha=alpha), published(base, experts, alpha))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1, 1), (1, 5), (2, 2, 2)], ids=str)
+def test_any_shape(shape):
+    base, experts = models(3, {"a.weight": (6, 4), "odd.weight": shape})
+    merged = merge_state_dicts("opcm", base, experts)
+    assert merged["odd.weight"].shape == shape
+    assert np.all(np.isfinite(merged["odd.weight"]))
+    still = merge_state_dicts("opcm", base, [base, base])
+    np.testing.assert_array_equal(still["odd.weight"], base["odd.weight"])
 
 
 def test_rescaled_tensors_keep_the_first_expert():
