@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from freemerge.accelerator import CHUNK, Accelerator, is_out_of_memory
+from freemerge.blas import blas_threads
 from freemerge.buffers import BufferPool
 from freemerge.checkpoint.checksum import PIECE, PieceChecksum, checksum
 from freemerge.errors import CheckpointError, listed
@@ -108,9 +109,10 @@ class Stream:
         for thread in (ahead, *workers):
             thread.start()
         try:
-            for thread in workers:
-                while thread.is_alive():
-                    thread.join(0.2)
+            with blas_threads(max(1, dispatch.threads() // len(workers))):
+                for thread in workers:
+                    while thread.is_alive():
+                        thread.join(0.2)
         finally:
             self._stop = True
             ahead.stop()

@@ -23,7 +23,7 @@ LAYERS = [
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["schema", "recipe", "settings", "accelerator", "devices"],
     ["match", "plan"],
-    ["experts.extract", "sinks", "module_sink", "buffers", "readahead"],
+    ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model"],
     ["api"],
