@@ -94,13 +94,18 @@ class Plan:
                 nbytes[task.dtype] = nbytes.get(task.dtype, 0) + task.nbytes
         return max(nbytes, key=nbytes.get, default=None)
 
+    @property
+    def uses_base(self) -> bool:
+        """Whether merged tensors are made from the base's too."""
+        return self.method.uses_base and self.recipe.base is not None
+
     def bytes_read(self, task: TensorTask) -> int:
         base = [self.base.tensors[task.name]]
         if task.settings is None or task.match.same_as:
             return sum(info.nbytes for info in base)
         experts = zip(self.experts, task.match.sources, strict=True)
         inputs = [expert.tensors[source] for expert, source in experts if source is not None]
-        return sum(info.nbytes for info in (base if self.method.uses_base else []) + inputs)
+        return sum(info.nbytes for info in (base if self.uses_base else []) + inputs)
 
     def read_experts(self, task: TensorTask) -> list[Array | None]:
         """A tensor of every expert, in the base's shape; None for an expert that is left out of it."""
@@ -116,7 +121,7 @@ class Plan:
             out: of the task's dtype.
         """
         if task.settings is not None:
-            used = base if self.method.uses_base else None
+            used = base if self.uses_base else None
             self.method.module.merge_tensor(used, experts, name=task.name, **task.settings, **self._known, out=out)
         elif is_float(task.dtype):
             add_task_vectors(base, [], [], out=out)

@@ -79,7 +79,7 @@ def _outside(name: str) -> float:
 def check_recipe(recipe: Recipe, method) -> list[str]:
     """Every problem of a recipe with its method, one sentence each; empty if there is none."""
     problems = []
-    if method.uses_base and recipe.base is None:
+    if method.uses_base and not method.base_optional and recipe.base is None:
         problems.append(f"base_model: {method.name} merges differences from a base; say which model that is")
     if not recipe.experts:
         problems.append("models: there is no expert to merge (base_model itself is not one)")

@@ -7,6 +7,7 @@ A method module `engine/methods/<name>.py` is found by its name. It holds
                 "model" (needs to know something of all tensors first)
     SOURCE      paper and section of METHODS.md
     USES_BASE   False for a method that never looks at the base (optional, True)
+    BASE_OPTIONAL  True for one that does without a base if none is given: `base` is None then (optional, False)
     VARIANTS    name of a variant -> the parameters it presets (optional)
     ALIASES     other names of parameters a recipe may use -> the parameter (optional; mergekit's `lambda`)
 
@@ -103,6 +104,7 @@ class Method:
     sweeps: int  # over all tensors before the first is merged
     source: str
     uses_base: bool
+    base_optional: bool
     writes_experts: bool
     variants: Mapping[str, Mapping[str, Any]]
     aliases: Mapping[str, str]
@@ -158,6 +160,7 @@ def get(name: str) -> Method:
         sweeps=getattr(module, "SWEEPS", 1) if module.SCOPE == "model" else 0,
         source=module.SOURCE,
         uses_base=getattr(module, "USES_BASE", True),
+        base_optional=getattr(module, "BASE_OPTIONAL", False),
         writes_experts=getattr(module, "WRITES_EXPERTS", False),
         variants=getattr(module, "VARIANTS", {}),
         aliases=getattr(module, "ALIASES", {}),
