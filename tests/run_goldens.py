@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ml_dtypes
 import numpy as np
 
 from freemerge import merge_state_dicts, methods
+from freemerge.kernels._masks import pack_mask
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
+from freemerge.kernels.drop_mask import draw_key, keep_probabilities
 
 StateDict = dict[str, np.ndarray]
 
@@ -166,7 +169,41 @@ def mergekit(case: Case) -> dict[str, Callable[[], StateDict]]:
     given = {method.aliases.get(key, key): value for key, value in case.hyper.items() if key != "uses_base"}
     if unknown := set(given) - set(method.parameters):
         raise Unsupported(f"parameter {', '.join(sorted(unknown))}")
-    return whole_weights(case, case.variant, **given)
+    return given_draws(case, whole_weights(case, case.variant, **given))
+
+
+def breadcrumbs(case: Case) -> dict[str, Callable[[], StateDict]]:
+    return whole_weights(case, "breadcrumbs", variant="roberta", gamma=case.hyper["remove"], **parameters_of(case))
+
+
+def dare(case: Case) -> dict[str, Callable[[], StateDict]]:
+    then = case.variant.removeprefix("mergelm_")
+    if then not in methods.get("dare").parameters["then"].choices:
+        raise Unsupported(f"variant {case.variant}")
+    given = {"density": 1 - case.hyper["drop_rate"], "rescale": case.hyper["rescale"], "then": then}
+    given["scaling"] = case.hyper.get("scaling_coefficient", 1.0)
+    return given_draws(case, whole_weights(case, "dare", **given, **parameters_of(case)))
+
+
+def given_draws(case: Case, groups: dict[str, Callable[[], StateDict]]) -> dict[str, Callable[[], StateDict]]:
+    """The same with the draws of the golden, if it has any: an entry is kept where its number is below what it takes.
+
+    Numbers are uniform ones, or 1 where the entry is dropped and 0 where it is kept.
+    """
+    numbers = {}
+    for t in range(len(case.experts)):
+        for group in ("aux_u", "aux_drop"):
+            for name, array in case.groups.get(f"{group}{t}", {}).items():
+                numbers[draw_key(0, name, t)] = array
+
+    def drop_mask(base, expert, *, density, epsilon, key, out):
+        out[...] = pack_mask(numbers[key] < keep_probabilities(base, expert, density, epsilon))
+
+    def run(compute):
+        with patch("freemerge.methods._masked_sum.drop_mask", drop_mask):
+            return compute()
+
+    return {group: lambda compute=compute: run(compute) for group, compute in groups.items()} if numbers else groups
 
 
 def fr_filter(case: Case) -> dict[str, Callable[[], StateDict]]:
@@ -319,6 +356,8 @@ COMPUTE = {
     "average": lambda case: whole_weights(case, "average"),
     "task_arithmetic": lambda case: whole_weights(case, "task_arithmetic", scaling=case.hyper["lam"]),
     "mergekit": mergekit,
+    "breadcrumbs": breadcrumbs,
+    "dare": dare,
     "fr_filter": fr_filter,
     "fr": fr,
     "free": free,
