@@ -126,7 +126,7 @@ class OnAccelerator:
             if out is None:
                 out = self._lane.empty(unit.shape, unit.task.dtype)
             sent = [e if e is None else self._lane.upload(e) for e in experts]
-            yield self._lane.upload(base) if self._plan.method.uses_base else base, sent, out
+            yield self._lane.upload(base) if self._plan.uses_base else base, sent, out
 
     def store(self, unit: Unit, out: Array, hashed: Hashed) -> None:
         if self._home(unit) is not None:
@@ -171,7 +171,7 @@ def check_together(plan: Plan) -> None:
 def _places(plan: Plan, task: TensorTask) -> set[str]:
     experts = zip(plan.experts, task.match.sources, strict=True)
     arrays = [expert.read(source) for expert, source in experts if source is not None]
-    return {_place(array) for array in ([plan.base.read(task.name)] if plan.method.uses_base else []) + arrays}
+    return {_place(array) for array in ([plan.base.read(task.name)] if plan.uses_base else []) + arrays}
 
 
 def _place(array: Array) -> str:

@@ -31,7 +31,7 @@ class ReadAhead(threading.Thread):
 
     def _ask(self, task: TensorTask) -> int:
         plan = self._plan
-        wanted = [(plan.base, task.name)] if plan.method.uses_base or task.settings is None else []
+        wanted = [(plan.base, task.name)] if plan.uses_base or task.settings is None else []
         if task.settings is not None:
             wanted += [
                 (expert, source) for expert, source in zip(plan.experts, task.match.sources, strict=True) if source

@@ -45,18 +45,17 @@ def _described(method) -> dict:
     }
 
 
+def _base_needed(method) -> str:
+    if method.base_optional:
+        return "a base, if there is one, and"
+    return "a base and" if method.uses_base else "no base, only"
+
+
 def _print(method) -> None:
     typer.echo(f"{method.name}: {method.summary}")
     typer.echo(f"source   {method.source}")
     typer.echo(f"scope    {method.scope}: {_SCOPES[method.scope]}")
-    base = (
-        "no base, only"
-        if not method.uses_base
-        else "a base, if it is given, and"
-        if method.base_optional
-        else "a base and"
-    )
-    typer.echo(f"needs    {base} experts")
+    typer.echo(f"needs    {_base_needed(method)} experts")
     if method.writes_experts:
         typer.echo("writes   the merged backbone and one sparse expert for each model (freemerge experts)")
     for alias, parameter in method.aliases.items():
