@@ -164,6 +164,14 @@ def test_multislerp_refuses_directions_that_cancel():
         merge_state_dicts("multislerp", None, experts, eps=1e-6)
 
 
+def test_passthrough_is_a_copy_times_scale():
+    _, (model,) = models(tiny_vit, "passthrough", BFLOAT16)
+    same, half = (merge_state_dicts("passthrough", None, [model], **given) for given in ({}, {"scale": [0.5]}))
+    for name, array in model.items():
+        assert same[name].tobytes() == array.tobytes()
+        assert np.array_equal(half[name].astype(np.float32), array.astype(np.float32) / 2)
+
+
 def test_ram_does_not_dilute():
     zeros = {"w": np.zeros(4, np.float32)}
     vectors = [{"w": np.array(row, np.float32)} for row in ([1, 2, 0, 0], [3, 0, 0, 1e-6])]
