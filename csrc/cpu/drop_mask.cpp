@@ -1,5 +1,6 @@
 #include "freemerge/drop_mask.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -55,39 +56,78 @@ void clear_after(std::size_t n, std::uint8_t* mask) {
   if (n % 8 != 0) mask[n / 8] &= static_cast<std::uint8_t>((1 << n % 8) - 1);
 }
 
-// A line of entries with the order of their magnitudes, by counting their digits from the last to the first.
-class Ranking {
+// Keeps the entries of a line whose word is below the limit of their rank. Buckets of magnitudes bound the ranks, which settles
+// nearly every entry; the few buckets with an entry that is not settled are put in order.
+class Ranked {
  public:
-  explicit Ranking(std::size_t width) : keys_(width), order_(width), spare_(width) {}
+  Ranked(const std::vector<std::uint64_t>& limits) : limits_(limits), starts_(BUCKETS + 1), next_(BUCKETS), keys_(limits.size()) {}
 
   Magnitude* keys() { return keys_.data(); }
 
-  // Indices by ascending magnitude; of equals, the last comes first.
-  const std::vector<std::uint32_t>& order() {
-    const std::size_t n = order_.size();
-    for (std::size_t i = 0; i < n; ++i) order_[i] = static_cast<std::uint32_t>(n - 1 - i);
-    Magnitude any = 0, all = -1;
-    for (const Magnitude key : keys_) any |= key, all &= key;
-    for (int shift = 0; shift < 31; shift += BITS)
-      if ((any ^ all) >> shift & (DIGITS - 1)) sort_by(shift);  // a bfloat16 difference often has zeros below
-    return order_;
+  // kept[i * stride] = whether words[i * stride] is below the limit of the rank of keys()[i]
+  void keep(const std::uint32_t* words, std::size_t stride, std::uint8_t* kept) {
+    const auto [lowest, highest] = count();
+    open_.clear();
+    for (std::size_t i = 0; i < keys_.size(); ++i) {
+      const Magnitude bucket = keys_[i] >> SHIFT;
+      const std::uint32_t word = words[i * stride];
+      kept[i * stride] = word < limits_[starts_[bucket]];
+      const bool settled = kept[i * stride] | (word >= limits_[starts_[bucket + 1] - 1]);
+      if (!settled && next_[bucket] != OPEN) {
+        next_[bucket] = OPEN;
+        open_.push_back(bucket);
+      }
+    }
+    if (!open_.empty()) put_in_order(words, stride, kept);
+    std::fill(starts_.begin() + lowest, starts_.begin() + highest + 2, 0u);
+    std::fill(next_.begin() + lowest, next_.begin() + highest + 1, 0u);
   }
 
  private:
-  static constexpr int BITS = 11;
-  static constexpr Magnitude DIGITS = 1 << BITS;
+  static constexpr int SHIFT = 18;  // exponent and 5 bits of the mantissa
+  static constexpr std::size_t BUCKETS = (INFINITE >> SHIFT) + 1;
+  static constexpr std::uint32_t OPEN = 0xffffffff;
 
-  void sort_by(int shift) {
-    std::uint32_t starts[DIGITS] = {};
-    for (const Magnitude key : keys_) ++starts[key >> shift & (DIGITS - 1)];
-    std::uint32_t next = 0;
-    for (std::uint32_t& start : starts) next += std::exchange(start, next);
-    for (const std::uint32_t index : order_) spare_[starts[keys_[index] >> shift & (DIGITS - 1)]++] = index;
-    order_.swap(spare_);
+  // starts_[b] = how many entries lie in the buckets before b. Answers the first and the last bucket that is not empty.
+  std::pair<Magnitude, Magnitude> count() {
+    Magnitude least = INFINITE, most = 0;
+    for (const Magnitude key : keys_) least = std::min(least, key), most = std::max(most, key);
+    const Magnitude lowest = least >> SHIFT, highest = most >> SHIFT;
+    for (const Magnitude key : keys_) ++starts_[key >> SHIFT];
+    std::uint32_t before = 0;
+    for (Magnitude bucket = lowest; bucket <= highest + 1; ++bucket) before += std::exchange(starts_[bucket], before);
+    return {lowest, highest};
   }
 
-  std::vector<Magnitude> keys_;
-  std::vector<std::uint32_t> order_, spare_;
+  void put_in_order(const std::uint32_t* words, std::size_t stride, std::uint8_t* kept) {
+    std::uint32_t room = 0;
+    for (const Magnitude bucket : open_) {
+      next_[bucket] = room + 1;  // 0 is a bucket nobody asks about
+      room += starts_[bucket + 1] - starts_[bucket];
+    }
+    entries_.resize(room);
+    const std::size_t width = keys_.size();
+    for (std::size_t i = width; i-- > 0;) {  // of equals, the last has the lowest rank
+      std::uint32_t& place = next_[keys_[i] >> SHIFT];
+      if (place != 0) entries_[place++ - 1] = static_cast<std::uint64_t>(keys_[i]) << 32 | static_cast<std::uint32_t>(width - 1 - i);
+    }
+    std::size_t first = 0;
+    for (const Magnitude bucket : open_) {
+      const std::size_t start = starts_[bucket], size = starts_[bucket + 1] - start;
+      const auto begin = entries_.begin() + static_cast<std::ptrdiff_t>(first), end = begin + static_cast<std::ptrdiff_t>(size);
+      if (!std::is_sorted(begin, end)) std::sort(begin, end);
+      for (std::size_t rank = 0; rank < size; ++rank) {
+        const std::size_t i = (width - 1 - static_cast<std::uint32_t>(begin[static_cast<std::ptrdiff_t>(rank)])) * stride;
+        kept[i] = words[i] < limits_[start + rank];
+      }
+      first += size;
+    }
+  }
+
+  const std::vector<std::uint64_t>& limits_;
+  std::vector<std::uint32_t> starts_, next_;
+  std::vector<Magnitude> keys_, open_;
+  std::vector<std::uint64_t> entries_;
 };
 
 // A run of entries of a tensor: their magnitudes and their words.
@@ -151,19 +191,20 @@ void ranked_drop_mask(const Source& base, const Source& expert, std::size_t coun
   const std::size_t at_once = std::max<std::size_t>(1, CHUNK / 8 / block) * 8;
   parallel_for((count + at_once - 1) / at_once, [&](std::size_t unit) {
     const std::size_t first = unit * at_once, last = std::min(count, first + at_once);
-    std::fill(mask + first * block / 8, mask + (last * block + 7) / 8, std::uint8_t{0});
-    Ranking ranking(width);
+    Ranked ranked(limits);
     Run run;
+    std::vector<std::uint8_t> kept((last - first) * block + 8);  // a byte an entry, and then a bit
     for (std::size_t start = first * block; start < last * block; start += block) {
       run.load(base, expert, philox, start, block);
       for (std::size_t line = 0; line < stride; ++line) {
-        for (std::size_t i = 0; i < width; ++i) ranking.keys()[i] = run.magnitudes[i * stride + line];
-        const std::vector<std::uint32_t>& order = ranking.order();
-        for (std::size_t rank = 0; rank < width; ++rank) {
-          const std::size_t i = order[rank] * stride + line, at = start + i;
-          mask[at / 8] |= static_cast<std::uint8_t>((run.words[run.skipped + i] < limits[rank]) << at % 8);
-        }
+        for (std::size_t i = 0; i < width; ++i) ranked.keys()[i] = run.magnitudes[i * stride + line];
+        ranked.keep(run.words.data() + run.skipped + line, stride, kept.data() + (start - first * block) + line);
       }
+    }
+    for (std::size_t byte = 0; byte < ((last - first) * block + 7) / 8; ++byte) {
+      unsigned bits = 0;
+      for (int bit = 0; bit < 8; ++bit) bits |= static_cast<unsigned>(kept[8 * byte + bit]) << bit;
+      mask[first * block / 8 + byte] = static_cast<std::uint8_t>(bits);
     }
   });
 }
