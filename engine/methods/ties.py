@@ -1,7 +1,6 @@
 """TIES: of every task vector the largest entries, of these the ones whose sign wins an election, summed."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from freemerge.kernels.array import Array, numel
 from freemerge.methods import PerExpert, TensorPlan
@@ -23,12 +22,12 @@ def merge_tensor(
     scaling: float = 1.0,
     normalize: bool = True,
     rescale: bool = False,
-    selection: Literal["tensor"] = "tensor",
     out: Array,
 ) -> None:
     """Write base + scaling * the sum of the weighted, trimmed task vectors, where their sign is the elected one.
 
-    The sign of an entry is that of the weighted sum of the trimmed task vectors; a sum of zero elects +.
+    The sign of an entry is that of the weighted sum of the trimmed task vectors; a sum of zero elects +. This is
+    mergekit's version: the entries of a tensor compete. In the paper those of the whole model do.
 
     Args:
         weight: weight of the expert's task vector.
@@ -37,7 +36,6 @@ def merge_tensor(
         scaling: the coefficient on the sum.
         normalize: divide each entry by the sum of the weights that agree about its sign.
         rescale: multiply a trimmed task vector so that the sum of its magnitudes is what it was.
-        selection: which entries compete: those of a tensor. (The paper's, over the whole model, is still to come.)
     """
     densities = per_expert(density, len(experts))
     masks = [

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
 import types
@@ -204,7 +205,7 @@ class TestMerge:
 class TestMethods:
     def test_all_are_listed(self):
         answer = run("methods")
-        assert "task_arithmetic  Task Arithmetic: the base plus the scaled sum" in answer.stdout
+        assert re.search("^task_arithmetic +Task Arithmetic: the base plus the scaled sum", answer.stdout, re.MULTILINE)
         assert json.loads(run("methods", "--json").stdout)["linear"].startswith("Linear: ")
 
     def test_one_is_described(self):
