@@ -21,12 +21,14 @@ std::size_t count_equal(const float* tile, std::size_t n, Magnitude value) {
   return static_cast<std::size_t>(count);
 }
 
-// Takes the ties of a run of entries out of those left. Answers the smallest magnitude that belongs to the cut, if that is
-// the same for the whole run.
-bool settle(BitCut& cut, std::size_t equal, Magnitude& floor) {
-  if (equal != 0 && cut.ties != 0 && cut.ties < equal) return false;
-  floor = cut.ties == 0 ? cut.value + 1 : cut.value;
-  cut.ties -= std::min(cut.ties, equal);
+// Takes the ties of a tile out of those left. Answers whether the same magnitudes belong to the cut everywhere in the tile, and
+// then the smallest of them.
+bool settle(const float* tile, std::size_t n, BitCut& cut, Magnitude& floor) {
+  floor = cut.value + (cut.ties == 0);
+  if (cut.ties == 0) return true;
+  const std::size_t equal = count_equal(tile, n, cut.value);
+  if (equal > cut.ties) return false;
+  cut.ties -= equal;
   return true;
 }
 
@@ -41,8 +43,8 @@ bool belongs(BitCut& cut, Magnitude magnitude) {
 void keep_tile(const float* tile, std::size_t n, BitCut& lower, BitCut& upper, Keep* keep) {
   const BitCut before = lower;
   Magnitude floor, ceiling;
-  if (settle(lower, count_equal(tile, n, lower.value), floor)) {
-    if (settle(upper, count_equal(tile, n, upper.value), ceiling)) {
+  if (settle(tile, n, lower, floor)) {
+    if (settle(tile, n, upper, ceiling)) {
       for (std::size_t i = 0; i < n; ++i) {
         const Magnitude magnitude = magnitude_of(tile[i]);
         keep[i] = -((magnitude >= floor) & (magnitude < ceiling));
@@ -82,8 +84,8 @@ void mask_all(const Source& base, const Source& expert, std::size_t n, const Bit
     std::vector<std::size_t> lower_equal(chunks), upper_equal(chunks);
     parallel_for(chunks, [&](std::size_t chunk) {
       each_tile(chunk, [&](const float* tile, std::size_t count, std::size_t) {
-        lower_equal[chunk] += count_equal(tile, count, lower.value);
-        upper_equal[chunk] += count_equal(tile, count, upper.value);
+        if (lower.ties != 0) lower_equal[chunk] += count_equal(tile, count, lower.value);
+        if (upper.ties != 0) upper_equal[chunk] += count_equal(tile, count, upper.value);
       });
     });
     allot(lower_equal, lower.ties, lower_ties);
