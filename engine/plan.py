@@ -134,7 +134,7 @@ class Plan:
         Raises:
             CheckpointError: the tensor holds NaN or Inf.
         """
-        used = base if self.method.uses_base else None
+        used = base if self.uses_base else None
         found = self.method.module.measure_tensor(used, experts, name=task.name, **task.settings, **self._so_far)
         if not np.isfinite(found).all():
             raise CheckpointError(listed([self.why_not_finite(task, base, experts)], "Mend the model."))

@@ -34,6 +34,27 @@ MANY = [
     ("opcm", {}),
     ("tall_mask", {"consensus": 1}),
     ("tsvm", {}),
+    ("ties", {"weight": [1.0, 0.5, 0.2], "density": 0.3}),
+    ("breadcrumbs", {"density": 0.4}),
+    ("breadcrumbs_ties", {"density": 0.4}),
+    ("dare", {"density": 0.5, "seed": 3}),
+    ("dare_linear", {"density": 0.5}),
+    ("dare_ties", {"density": 0.5}),
+    ("della", {"density": 0.5}),
+    ("della_linear", {"density": 0.5}),
+    ("sce", {"select_topk": 0.4}),
+    ("model_stock", {"filter_wise": True}),
+    ("multislerp", {}),
+    ("karcher", {}),
+    ("ram", {}),
+    ("ramplus_tl", {}),
+]
+ONE_OR_TWO = [  # what merges no more experts
+    ("slerp", 1, {"t": 0.3}),
+    ("nuslerp", 2, {}),
+    ("nearswap", 1, {"t": 1e-3}),
+    ("arcee_fusion", 1, {}),
+    ("passthrough", 1, {}),
 ]
 
 
@@ -70,7 +91,7 @@ def llama_module(dtype=torch.float32, *, tied=False):
 
 
 def test_every_method_is_among_the_merges_compared():
-    assert {method for method, _ in MANY} == set(methods.names())
+    assert {method for method, *_ in MANY + ONE_OR_TWO} == set(methods.names())
 
 
 def test_equals_merge_state_dicts_bit_for_bit_one_after_the_other():
@@ -85,6 +106,16 @@ def test_equals_merge_state_dicts_bit_for_bit_one_after_the_other():
                 assert expert.metadata == other.metadata
                 applied, wanted = expert.apply(merged), other.apply(expected)
                 assert all(same(applied[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("method", "count", "parameters"), ONE_OR_TWO)
+def test_methods_of_one_or_two_experts_equal_merge_state_dicts_too(method, count, parameters):
+    base, experts = llamas()
+    experts = dict(list(experts.items())[:count])
+    with freemerge.Session(base, experts, device="cpu") as session:
+        merged = session.merge(method, **parameters)
+    expected = freemerge.merge_state_dicts(method, base, experts, **parameters)
+    assert all(same(merged[name], expected[name]) for name in expected)
 
 
 def test_tensors_larger_than_a_piece_are_merged_in_runs():
