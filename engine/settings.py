@@ -39,7 +39,8 @@ def settings(recipe: Recipe, method, tensor_name: str, position: float | None = 
 
 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
-    """Where in its stack of layers a tensor stands: index / (layers - 1); embeddings are at 0, others outside at 1.
+    """Where in its stack of layers a tensor stands: index / (layers - 1). As in mergekit an only layer
+    is at 1, and what is outside the layers at 0.
 
     A stack is recognised by names: `model.layers.12.mlp.up_proj.weight` is in layer 12 of the stack `model.layers` when
     other names carry every number from 0 on in that place. A model may have several (encoder and decoder).
@@ -53,14 +54,16 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     # a classifier's 0, 1, 2 is not a stack of layers beside twelve transformer blocks
     floor = max(sizes.values(), default=0) / 10
     lasts = {
-        stack: max(found)
-        for stack, found in indices.items()
-        if len(found) == max(found) + 1 > 1 and sizes[stack] >= floor
+        stack: max(found) for stack, found in indices.items() if len(found) == max(found) + 1 and sizes[stack] >= floor
     }
-    return {
-        name: place[1] / lasts[place[0]] if place is not None and place[0] in lasts else _outside(name)
-        for name, place in places.items()
-    }
+
+    def position(place: tuple[str, int] | None) -> float:
+        if place is None or place[0] not in lasts:
+            return 0.0
+        stack, index = place
+        return index / lasts[stack] if lasts[stack] else 1.0  # the only layer is the last
+
+    return {name: position(place) for name, place in places.items()}
 
 
 def _layer(name: str) -> tuple[str, int] | None:
@@ -70,10 +73,6 @@ def _layer(name: str) -> tuple[str, int] | None:
             return ".".join(parts[:i]), int(part)
     # "h.5.attn" has a prefix; "5.attn", of a bare nn.Sequential, has the empty one
     return ("", int(parts[0])) if parts[0].isdecimal() and parts[0].isascii() else None
-
-
-def _outside(name: str) -> float:
-    return 0.0 if any("emb" in part or part in ("wte", "wpe") for part in name.lower().split(".")) else 1.0
 
 
 def check_recipe(recipe: Recipe, method) -> list[str]:

@@ -197,7 +197,7 @@ class TestLayerPositions:
         positions = layer_positions(names)
         assert positions["model.embed_tokens.weight"] == 0
         assert [positions[f"model.layers.{i}.mlp.experts.1.w"] for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-        assert positions["lm_head.weight"] == 1
+        assert positions["lm_head.weight"] == 0
 
     def test_each_stack_has_its_own_length(self):
         names = [f"encoder.layer.{i}.w" for i in range(3)] + [f"decoder.block.{i}.w" for i in range(2)]
@@ -208,14 +208,14 @@ class TestLayerPositions:
             "wte.weight": 0,
             "h.0.w": 0,
             "h.1.w": 1,
-            "ln_f.w": 1,
+            "ln_f.w": 0,
         }
         assert layer_positions(["0.w", "1.w", "2.w"]) == {"0.w": 0, "1.w": 0.5, "2.w": 1}
 
     def test_a_classifier_with_gaps_or_beside_a_large_stack_is_no_stack(self):
-        assert layer_positions(["classifier.0.w", "classifier.2.w"]) == {"classifier.0.w": 1, "classifier.2.w": 1}
+        assert layer_positions(["classifier.0.w", "classifier.2.w"]) == {"classifier.0.w": 0, "classifier.2.w": 0}
         blocks = [f"layers.{i}.{part}" for i in range(12) for part in "qkvo"]
-        assert layer_positions([*blocks, "head.0.w", "head.1.w"])["head.0.w"] == 1
+        assert layer_positions([*blocks, "head.0.w", "head.1.w"])["head.0.w"] == 0
 
     def test_one_layer_stands_last_as_in_mergekit(self):
         assert layer_positions(["layers.0.w"]) == {"layers.0.w": 1}
