@@ -33,12 +33,13 @@ bench: build
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/ops.json
 
-# On a machine with a GPU: nothing is fetched, $(PYTHON) has torch, triton, cupy and pybind11 already.
+# On a machine with a GPU: nothing is fetched, $(PYTHON) has torch, triton, cupy and pybind11 already. The tests compile
+# hundreds of kernels, so they are shared by several processes where pytest-xdist is there.
 gpu:
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation $(WHEELS) -e .
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m freemerge info
-	$(PYTHON) -P -m pytest -q -W default tests/gpu tests/engine/test_devices.py tests/engine/test_session.py
+	$(PYTHON) -P -m pytest -q -W default $$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null) tests/gpu
 	$(PYTHON) benchmarks/gpu.py
 
 check: build
