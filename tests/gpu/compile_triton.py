@@ -42,8 +42,9 @@ def source(kernel: triton.JITFunction, arguments: dict) -> ASTSource:
         if not isinstance(value, str | tuple):
             signature[name], constants[(i,)] = "constexpr", value
             continue
-        types = {(i,): value} if isinstance(value, str) else {(i, j): item for j, item in enumerate(value)}
-        signature[name] = value if isinstance(value, tuple) else value.partition(":")[0]
+        types = {(i,): value} if isinstance(value, str) else {(i, j): item for j, item in enumerate(value) if item}
+        signature[name] = value.partition(":")[0] if isinstance(value, str) else tuple(v or "constexpr" for v in value)
+        constants |= {(i, j): None for j, item in enumerate(value) if item is None}
         attributes |= {path: [["tt.divisibility", 16]] for path, ty in types.items() if ty[0] == "*" or ":16" in ty}
     return ASTSource(kernel, signature, constants, attributes)
 

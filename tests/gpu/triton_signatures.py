@@ -1,12 +1,13 @@
 """What each Triton kernel is compiled with ahead of time: `module.kernel`, an option behind a space, and its arguments.
 
 A string is a type ("*bf16" a pointer, divisible by 16; "i64" a number, "i64:16" one divisible by 16), a tuple of
-strings a tuple of arguments; anything else, None too, is a constant.
+strings (and Nones) a tuple of arguments; anything else, None too, is a constant.
 `num_warps`, `num_stages` and `enable_fp_fusion` are launch options.
 """
 
 EXPERTS = ("*bf16", "*bf16", "*bf16")
 WEIGHTS = ("fp32", "fp32", "fp32")
+MASKS = ("*u8", "*u8", None)
 
 SIGNATURES = {
     "add_task_vectors._add_task_vectors_kernel bfloat16": dict(
@@ -27,6 +28,24 @@ SIGNATURES = {
         BLOCK=1024,
         num_warps=4,
     ),
+    "add_masked._add_masked_kernel bfloat16": dict(
+        base="*bf16",
+        experts=EXPERTS,
+        masks=MASKS,
+        weights=WEIGHTS,
+        votes=WEIGHTS,
+        shares=WEIGHTS,
+        least="fp32",
+        scaling="fp32",
+        out="*bf16",
+        n="i64:16",
+        ELECT=True,
+        DIVIDE=True,
+        T=3,
+        ROWS=128,
+        num_warps=4,
+    ),
+    "_masks._pack_kernel": dict(kept="*u8", mask="*u8", n="i64:16", ROWS=128, num_warps=4),
     "all_finite._all_finite_kernel bfloat16": dict(array="*bf16", found="*i32", n="i64:16", BLOCK=4096, num_warps=4),
     "count_magnitudes._count_magnitudes_kernel bfloat16": dict(
         base="*bf16", expert="*bf16", cut="i32", counts="*i64", n="i64:16", BLOCK=1024, num_warps=4
@@ -240,5 +259,72 @@ SIGNATURES = {
         NUMBERS=32,
         num_warps=8,
         num_stages=2,
+    ),
+    "magnitude_mask._split_kernel bfloat16": dict(
+        base="*bf16",
+        expert="*bf16",
+        lower="*fp32",
+        upper="*fp32",
+        mask="*u8",
+        equal_lower="*u8",
+        equal_upper="*u8",
+        counts="*i32",
+        n="i64:16",
+        INCLUSIVE=False,
+        SEGMENT=16384,
+        ROWS=128,
+        num_warps=4,
+    ),
+    "magnitude_mask._split_kernel settled by the host, float32": dict(
+        base=None,
+        expert="*fp32",
+        lower="*fp32",
+        upper=None,
+        mask="*u8",
+        equal_lower=None,
+        equal_upper=None,
+        counts=None,
+        n="i64:16",
+        INCLUSIVE=True,
+        SEGMENT=16384,
+        ROWS=128,
+        num_warps=4,
+    ),
+    "magnitude_mask._allot_ties_kernel": dict(
+        lower="*fp32",
+        upper="*fp32",
+        mask="*u8",
+        equal_lower="*u8",
+        equal_upper="*u8",
+        ties="*i64",
+        n="i64:16",
+        SEGMENT=16384,
+        ROWS=128,
+        num_warps=4,
+    ),
+    "magnitude_mask._mask_rows_kernel bfloat16": dict(
+        base="*bf16",
+        expert="*bf16",
+        lower="*fp32",
+        lower_ties="*i64",
+        upper="*fp32",
+        upper_ties="*i64",
+        mask="*u8",
+        width="i64:16",
+        PACKED=True,
+        ROWS=128,
+        num_warps=4,
+    ),
+    "mask_statistics._mask_statistics_kernel bfloat16": dict(
+        base="*bf16", expert="*bf16", mask="*u8", partial="*fp64", n="i64:16", ROWS=128, num_warps=4
+    ),
+    "mask_statistics._add_programs_kernel": dict(
+        partial="*fp64", result="*fp64", programs="i32:16", BLOCK=2048, num_warps=4
+    ),
+    "task_vector_variance._task_vector_variance_kernel bfloat16": dict(
+        base="*bf16", experts=EXPERTS, out="*fp32", n="i64:16", T=3, BLOCK=1024, num_warps=4
+    ),
+    "near_swap._near_swap_kernel bfloat16": dict(
+        base="*bf16", expert="*bf16", t="fp32", smallest="fp32", out="*bf16", n="i64:16", BLOCK=1024, num_warps=4
     ),
 }
