@@ -18,7 +18,7 @@ def entries(ROWS: tl.constexpr):
 
 @triton.jit
 def load_bytes(mask, first, n, ROWS: tl.constexpr):
-    """uint8 [ROWS]: the bytes of the tile that begins with entry `first`; 0 behind the last entry, n. None: all bits."""
+    """uint8 [ROWS]: the bytes of the tile that begins with entry `first`; 0 behind the last, n. None: all bits."""
     if mask is None:
         return tl.full([ROWS], 255, tl.uint8)
     else:

@@ -1,4 +1,4 @@
-"""add_masked in Triton: elementwise, bound by memory; base, experts and masks are read once, for the vote and the sum."""
+"""add_masked in Triton: elementwise, bound by memory; arrays and masks are read once, for the vote and the sum."""
 
 from collections.abc import Sequence
 

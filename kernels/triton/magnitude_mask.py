@@ -166,7 +166,7 @@ def _there(threshold: Threshold, like: torch.Tensor) -> tuple[torch.Tensor, torc
     parts = (values.astype(np.float32), torch.float32), (ties.astype(np.int64), torch.int64)
     if len(values) == 1:
         return tuple(torch.full((1,), part.item(), dtype=dtype, device=like.device) for part, dtype in parts)
-    return tuple(torch.from_numpy(part).to(like.device) for part, _ in parts)
+    return tuple(torch.tensor(part, device=like.device) for part, _ in parts)
 
 
 def _whole(base, expert, lower, upper, settled: str | None, mask: torch.Tensor) -> None:
