@@ -19,7 +19,8 @@ def magnitude_mask(base: Array | None, expert: Array, lower: Threshold, upper: T
     Args:
         base: any shape, any float dtype, contiguous; None where `expert` is a task vector itself.
         expert: of the shape of `base`, any float dtype.
-        lower: its values are one, for the whole tensor, or one for each row (slices along the last dimension).
+        lower: its values are one, for the whole tensor, or one for each row (slices along the last dimension). They
+            lie where `expert` does, or are NumPy arrays.
         upper: as many values, or None: nothing belongs to it.
         out: a mask (kernels/_masks.py) over the entries of `expert`.
 
