@@ -119,7 +119,7 @@ def merge(
     start = time.perf_counter()
     recipe = _recipe(method_or_recipe, base, experts, dtype, parameters)
     method = methods.get(recipe.method)
-    accelerators = devices.find_for(method, device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
+    accelerators = devices.find(device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
     _check_recipe(recipe, method, None if out is None else Path(out))
     with ExitStack() as stack:
         base_checkpoint, expert_checkpoints = _open_all(recipe, allow_pickle, stack)
@@ -238,7 +238,7 @@ def merge_state_dicts(
     recipe = Recipe.from_flags(
         method, "base" if base is not None else None, {n: n for n in named}, parameters, dtype=dtype
     )
-    accelerators = devices.find_for(methods.get(method), device)
+    accelerators = devices.find(device)
     open_dict = partial(MemoryCheckpoint, device=accelerators[0].device if accelerators else None)
     found = [open_dict(state_dict, name) for name, state_dict in named.items()]
     reference = open_dict(base, "base") if base is not None else found[0] if found else open_dict({}, "base")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from freemerge.accelerator import Accelerator
 from freemerge.errors import RecipeError, UnavailableError
 from freemerge.kernels import dispatch
-from freemerge.methods import Method
 
 PACKAGES = "pip install 'freemerge[gpu]'"
 
@@ -45,24 +44,6 @@ def find(device: str = "auto", max_gpu_memory: int | None = None) -> list[Accele
     if refused and device != "auto":
         raise UnavailableError(f"device {device}: {'; '.join(refused)}; `nvidia-smi` shows who uses it")
     return found
-
-
-def find_for(method: Method, device: str = "auto", max_gpu_memory: int | None = None) -> list[Accelerator]:
-    """As `find`, for merges by one method: "auto" is the CPU where an op of it has no GPU version.
-
-    Raises:
-        UnavailableError: a GPU is asked for by name and cannot be used, or not by this method.
-        RecipeError: there is no such device.
-    """
-    lacking = [op for op in sorted(method.ops) if not dispatch.has_gpu_version(op)]
-    if not lacking or device == "cpu":
-        return find(device, max_gpu_memory)
-    if device == "auto":
-        return []
-    raise UnavailableError(
-        f"device {device}: {method.name} runs on the CPU only, {', '.join(lacking)} has no GPU version; "
-        "leave the device out"
-    )
 
 
 def _cuda(device: str, max_gpu_memory: int | None) -> tuple[list[Accelerator], list[str]]:
