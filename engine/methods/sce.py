@@ -57,7 +57,7 @@ def _most_varied(base: Array, experts: Sequence[Array], share: float) -> Array:
 
 def _squares(base: Array, experts: Sequence[Array], mask: Array | None) -> list[float]:
     if mask is None:
-        return [float(total) for total in task_vector_statistics(base, experts).sum_squares]
+        return task_vector_statistics(base, experts).sum_squares.tolist()
     return [mask_statistics(base, expert, mask).kept_squares for expert in experts]
 
 
