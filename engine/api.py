@@ -30,6 +30,7 @@ from freemerge.recipe import Recipe, load_recipe
 from freemerge.settings import insist_on
 from freemerge.sinks import DiskSink, MemorySink
 from freemerge.sizes import parse_size
+from freemerge.slices import plan_slices
 from freemerge.stream import Stream
 
 Progress = Callable[[int, int], None]
@@ -123,7 +124,8 @@ def merge(
     _check_recipe(recipe, method, None if out is None else Path(out))
     with ExitStack() as stack:
         base_checkpoint, expert_checkpoints = _open_all(recipe, allow_pickle, stack)
-        plan = make_plan(recipe, method, base_checkpoint, expert_checkpoints, shard_size=parse_size(shard_size))
+        lay = plan_slices if recipe.slices else make_plan
+        plan = lay(recipe, method, base_checkpoint, expert_checkpoints, shard_size=parse_size(shard_size))
         plan = replace(plan, devices=tuple(map(str, accelerators)) or ("cpu",))
         if dry_run:
             return plan
@@ -171,7 +173,8 @@ def _run(plan: Plan, out: Path, *, run: dict[str, Any], resume: bool, overwrite:
 def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path) -> None:
     recipe, method = plan.recipe, plan.method
     sources = {expert.model: checkpoint for expert, checkpoint in zip(recipe.experts, plan.experts, strict=True)}
-    copy_side_files(plan.base, folder, dtype=plan.dtype, tokenizer=sources.get(recipe.tokenizer_source))
+    tokenizer = sources.get(recipe.tokenizer_source)
+    copy_side_files(plan.base, folder, dtype=plan.dtype, tokenizer=tokenizer, config=plan.config)
     if recipe.chat_template is not None:
         write_file(folder / "chat_template.jinja", recipe.chat_template.encode())
     inputs = [MergeInput.of(plan.base, "base")] if recipe.base is not None else []

@@ -169,9 +169,7 @@ def check_together(plan: Plan) -> None:
 
 
 def _places(plan: Plan, task: TensorTask) -> set[str]:
-    experts = zip(plan.experts, task.match.sources, strict=True)
-    arrays = [expert.read(source) for expert, source in experts if source is not None]
-    return {_place(array) for array in ([plan.base.read(task.name)] if plan.uses_base else []) + arrays}
+    return {_place(checkpoint.read(name)) for checkpoint, name in plan.inputs(task)}
 
 
 def _place(array: Array) -> str:

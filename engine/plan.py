@@ -99,13 +99,21 @@ class Plan:
         """Whether merged tensors are made from the base's too."""
         return self.method.uses_base and self.recipe.base is not None
 
-    def bytes_read(self, task: TensorTask) -> int:
-        base = [self.base.tensors[task.name]]
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The result's config.json where it is not the base's."""
+        return None
+
+    def inputs(self, task: TensorTask) -> list[tuple[Any, str]]:
+        """What a tensor is made from: checkpoints and names in them."""
+        base = [(self.base, task.name)]
         if task.settings is None or task.match.same_as:
-            return sum(info.nbytes for info in base)
+            return base
         experts = zip(self.experts, task.match.sources, strict=True)
-        inputs = [expert.tensors[source] for expert, source in experts if source is not None]
-        return sum(info.nbytes for info in (base if self.uses_base else []) + inputs)
+        return (base if self.uses_base else []) + [(expert, source) for expert, source in experts if source is not None]
+
+    def bytes_read(self, task: TensorTask) -> int:
+        return sum(checkpoint.tensors[name].nbytes for checkpoint, name in self.inputs(task))
 
     def read_experts(self, task: TensorTask) -> list[Array | None]:
         """A tensor of every expert, in the base's shape; None for an expert that is left out of it."""
@@ -214,11 +222,15 @@ def make_plan(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_
 
 
 class Planner:
-    """Plans one merge of the same checkpoints after another; what no recipe can change is worked out once."""
+    """Plans one merge of the same checkpoints after another; what no recipe can change is worked out once.
 
-    def __init__(self, base, experts: Sequence):
+    Args:
+        positions: of the base's tensors, for gradients; those `layer_positions` finds if not given.
+    """
+
+    def __init__(self, base, experts: Sequence, positions: Mapping[str, float] | None = None):
         self.base, self.experts = base, list(experts)
-        self._positions = layer_positions(base.tensors)
+        self._positions = layer_positions(base.tensors) if positions is None else positions
         self._settled: Matcher | None = None  # one that holds for every recipe
 
     def plan(
@@ -242,16 +254,14 @@ class Planner:
             PlanError: checkpoints do not fit together; with every problem found.
         """
         insist_on(recipe, method)
-        matcher = self._matcher(recipe, method)
+        matcher = self.matcher(recipe, method)
         if matcher.problems:
             raise PlanError(listed(matcher.problems, REMEDY))
-        tasks = self._tasks(recipe, method, matcher.matches, dtypes)
-        shards = [] if shard_size is None else plan_shards([Entry(t.name, t.dtype, t.shape) for t in tasks], shard_size)
-        order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
-        tasks.sort(key=lambda task: order.get(task.name, 0))
+        tasks = self.tasks(recipe, method, matcher.matches, dtypes)
+        shards = lay_out(tasks, shard_size)
         return Plan(recipe, method, self.base, self.experts, tasks, shards, matcher.warnings)
 
-    def _matcher(self, recipe: Recipe, method: Method) -> Matcher:
+    def matcher(self, recipe: Recipe, method: Method) -> Matcher:
         if self._settled is not None:
             return self._settled
         matcher = Matcher(self.base, self.experts, fit=_fit(recipe, method))
@@ -259,8 +269,8 @@ class Planner:
             self._settled = matcher
         return matcher
 
-    def _tasks(
-        self, recipe: Recipe, method: Method, matches: list[Match], dtypes: Mapping[str, np.dtype] | None
+    def tasks(
+        self, recipe: Recipe, method: Method, matches: list[Match], dtypes: Mapping[str, np.dtype] | None = None
     ) -> list[TensorTask]:
         wanted = recipe.out_dtype or recipe.dtype
         plan_tensor, plain = getattr(method.module, "plan_tensor", None), TensorPlan("merge", method.name)
@@ -281,6 +291,14 @@ class Planner:
             done = (planned.transform, planned.workspace, elementwise)
             tasks.append(TensorTask(name, info.shape, dtype, match, chosen, *done))
         return tasks
+
+
+def lay_out(tasks: list[TensorTask], shard_size: int | None) -> list[ShardPlan]:
+    """The shards of a result, its tasks brought into their order; none for one that is not written to files."""
+    shards = [] if shard_size is None else plan_shards([Entry(t.name, t.dtype, t.shape) for t in tasks], shard_size)
+    order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
+    tasks.sort(key=lambda task: order.get(task.name, 0))
+    return shards
 
 
 def _fit(recipe: Recipe, method: Method):

@@ -30,15 +30,9 @@ class ReadAhead(threading.Thread):
             asked += self._ask(task)
 
     def _ask(self, task: TensorTask) -> int:
-        plan = self._plan
-        wanted = [(plan.base, task.name)] if plan.uses_base or task.settings is None else []
-        if task.settings is not None:
-            wanted += [
-                (expert, source) for expert, source in zip(plan.experts, task.match.sources, strict=True) if source
-            ]
-        for checkpoint, name in wanted:
+        for checkpoint, name in self._plan.inputs(task):
             checkpoint.prefetch(name)
-        return plan.bytes_read(task)
+        return self._plan.bytes_read(task)
 
     def reached(self, task: TensorTask) -> None:
         with self._change:

@@ -16,7 +16,7 @@ import yaml
 
 from freemerge import methods
 from freemerge.errors import RecipeError, listed
-from freemerge.schema import Document, ModelEntry, nearest, parse
+from freemerge.schema import Document, ModelEntry, OutputSlice, nearest, parse
 
 _REMEDY = "docs/recipe.md describes every key."
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -31,11 +31,35 @@ class ExpertEntry:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Layers of the result and where they come from; ranges are (first layer, the one after the last).
+
+    Args:
+        recipe: how they are merged, with parameters of the slice before those of the whole; its base is None where the
+            method has no use for one.
+        base_range: the base's layers.
+        ranges: each expert's.
+        parameters, base: what the slice says itself, where it does.
+    """
+
+    recipe: "Recipe"
+    base_range: tuple[int, int] | None
+    ranges: tuple[tuple[int, int], ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
+
+    @property
+    def layers(self) -> int:
+        first, stop = self.base_range or self.ranges[0]
+        return stop - first
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A merge as the user described it; `settings.check_recipe` says whether its method agrees.
 
     Values of `parameters` are as written: a scalar, a gradient (list of numbers), or a list of {filter, value};
-    `settings.settings` resolves them for a tensor.
+    `settings.settings` resolves them for a tensor. With `slices`, `experts` are all models in them but the base.
     """
 
     method: str
@@ -46,6 +70,7 @@ class Recipe:
     out_dtype: np.dtype | None = None
     tokenizer_source: str = "base"  # or one of the models
     chat_template: str | None = None  # a Jinja text; None copies the tokenizer source's
+    slices: tuple[Slice, ...] = ()  # of layers, first to last
     _compiled: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # of settings.py
 
     @classmethod
@@ -90,16 +115,19 @@ class Recipe:
         aliases = methods.get(self.method).aliases
         given = {aliases.get(key, key) for key in parameters}
         for_all = {aliases.get(key, key) for key, value in parameters.items() if not isinstance(value, Mapping)}
-        models = [
-            {**_entry(e), "parameters": {k: v for k, v in e.parameters.items() if aliases.get(k, k) not in for_all}}
-            for e in self.experts
-        ]
+        content = yaml.load(self.to_yaml(), Loader=_Loader)
+        parts = [part for piece in content.get("slices", ()) for part in (piece, *piece["sources"])]
+        models = [_entry(expert) for expert in self.experts]
+        for entry in (*parts, *models):
+            said = entry.get("parameters", {}).items()
+            entry["parameters"] = {key: value for key, value in said if aliases.get(key, key) not in for_all}
         shared, problems = _share_out(self.method, dict(parameters), models)
+        if self.slices and any(entry["parameters"] for entry in models):
+            problems.append("with slices a parameter has one value for all experts; write others in the recipe")
         if problems:
             raise RecipeError(listed(problems, "Correct the parameters."))
         kept = {key: value for key, value in self.parameters.items() if aliases.get(key, key) not in given}
-        content = yaml.load(self.to_yaml(), Loader=_Loader)
-        changed = {"models": models, "parameters": {**kept, **shared}}
+        changed = {**({} if self.slices else {"models": models}), "parameters": {**kept, **shared}}
         return load_recipe({**content, **changed, **({"out_dtype": dtype} if dtype else {})})
 
     def to_yaml(self) -> str:
@@ -107,7 +135,8 @@ class Recipe:
         content = {
             "merge_method": self.method,
             "base_model": self.base,
-            "models": [_entry(expert) for expert in self.experts],
+            "models": [] if self.slices else [_entry(expert) for expert in self.experts],
+            "slices": [_slice_entry(piece) for piece in self.slices],
             "parameters": _sorted(self.parameters),
             "dtype": self.dtype and self.dtype.name,
             "out_dtype": self.out_dtype and self.out_dtype.name,
@@ -171,6 +200,8 @@ def _content(source) -> tuple[str, Any]:
 
 
 def _recipe(document: Document, problems: list[str]) -> Recipe:
+    if document.slices:
+        return _sliced(document, problems)
     base = document.base_model
     # mergekit's recipes list the base among the models; a method that does not look at it takes it as one model more
     listed_base = base is not None and methods.get(document.merge_method).uses_base
@@ -187,12 +218,72 @@ def _recipe(document: Document, problems: list[str]) -> Recipe:
     )
 
 
+def _sliced(document: Document, problems: list[str]) -> Recipe:
+    slices = [_slice(piece, f"slices[{k}]", document, problems) for k, piece in enumerate(document.slices)]
+    base = document.base_model
+    entries = [entry for piece in slices for entry in _slice_entry(piece)["sources"]]
+    models = dict.fromkeys(e["model"] for e in entries if base is None or not _same_model(e["model"], base))
+    return Recipe(
+        method=document.merge_method,
+        base=base,
+        experts=tuple(_named([ModelEntry(model=model) for model in models], problems)),
+        parameters=document.parameters,
+        dtype=document.dtype,
+        out_dtype=document.out_dtype,
+        tokenizer_source=_tokenizer_source(document, problems),
+        chat_template=document.chat_template,
+        slices=tuple(slices),
+    )
+
+
+def _slice(piece: OutputSlice, where: str, document: Document, problems: list[str]) -> Slice:
+    base = (piece.base_model or document.base_model) if methods.get(document.merge_method).uses_base else None
+    of_base = [s for s in piece.sources if base is not None and _same_model(s.model, base)]
+    if base is not None and len(of_base) != 1:
+        said = "twice among its sources" if of_base else "not among its sources; add it, with its layer_range"
+        problems.append(f"{where}: base_model {base} is {said}")
+    sources = [source for source in piece.sources if source not in of_base]
+    entries = [ModelEntry(model=source.model, parameters=source.parameters) for source in sources]
+    merged = Recipe(
+        method=document.merge_method,
+        base=base,
+        experts=tuple(_named(entries, problems)),
+        parameters=_before(piece.parameters, document.parameters, document.merge_method),
+        dtype=document.dtype,
+        out_dtype=document.out_dtype,
+    )
+    ranges = tuple(source.layer_range for source in sources)
+    return Slice(merged, of_base[0].layer_range if of_base else None, ranges, piece.parameters, piece.base_model)
+
+
+def _before(own: dict[str, Any], others: dict[str, Any], method: str) -> dict[str, Any]:
+    """Parameters of which `own` are asked first; where a list of filters says nothing, the others are."""
+    aliases = methods.get(method).aliases
+    named = {aliases.get(key, key): value for key, value in others.items()}
+    joined = {key: value for key, value in others.items() if aliases.get(key, key) not in _known(own, aliases)}
+    for key, value in own.items():
+        after = named.get(aliases.get(key, key))
+        if after is not None and _has_filters(value):
+            value = [*value, *(after if _has_filters(after) else [{"filter": "*", "value": after}])]
+        joined[key] = value
+    return joined
+
+
+def _known(parameters: dict[str, Any], aliases: Mapping[str, str]) -> set[str]:
+    return {aliases.get(key, key) for key in parameters}
+
+
+def _has_filters(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
 def _tokenizer_source(document: Document, problems: list[str]) -> str:
     """ "base", or one of the models as the recipe spells it there."""
     if document.tokenizer and document.tokenizer_source:
         problems.append("tokenizer_source and tokenizer: both are given; keep one")
     source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
-    base, models = document.base_model, [entry.model for entry in document.models]
+    sources = [source for piece in document.slices for source in piece.sources]
+    base, models = document.base_model, [entry.model for entry in (*document.models, *sources)]
     if source in (None, "base") or (base is not None and _same_model(source, base)):
         return "base"
     for model in models:
@@ -268,6 +359,15 @@ def _in_order(key: str, values: Sequence, models: list[dict]) -> list[str]:
 
 def _entry(expert: ExpertEntry) -> dict:
     return _drop_empty({"model": expert.model, "name": expert.name, "parameters": _sorted(expert.parameters)})
+
+
+def _slice_entry(piece: Slice) -> dict:
+    models = [{"model": expert.model, "parameters": _sorted(expert.parameters)} for expert in piece.recipe.experts]
+    sources = [{**entry, "layer_range": list(layers)} for entry, layers in zip(models, piece.ranges, strict=True)]
+    if piece.base_range:
+        sources.insert(0, {"model": piece.recipe.base, "layer_range": list(piece.base_range)})
+    own = {"base_model": piece.base, "parameters": _sorted(piece.parameters)}
+    return _drop_empty({"sources": [_drop_empty(source) for source in sources], **own})
 
 
 def _drop_empty(content: dict) -> dict:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from freemerge import methods
 from freemerge.errors import FreemergeError, RecipeError
@@ -127,6 +127,13 @@ def _scalar(value: Any) -> Any:
     return value
 
 
+def _layer_range(value: Any) -> tuple[int, int]:
+    numbers = isinstance(value, (list, tuple)) and [type(item) for item in value] == [int, int]
+    if not numbers or value[0] < 0 or value[1] <= value[0]:
+        raise ValueError(f"{value!r}: [first layer, the one after the last] is expected, as in [0, 16]")
+    return tuple(value)
+
+
 def _parameters(value: Any) -> Any:
     return {} if value is None else value
 
@@ -134,6 +141,7 @@ def _parameters(value: Any) -> Any:
 ModelName = Annotated[str, BeforeValidator(_model)]
 Setting = Annotated[Any, BeforeValidator(_setting)]
 Parameters = Annotated[dict[str, Setting], BeforeValidator(_parameters)]
+LayerRange = Annotated[Any, BeforeValidator(_layer_range)]
 Dtype = Annotated[Any, BeforeValidator(_dtype)]
 Source = Annotated[Any, BeforeValidator(lambda value: None if value is None else _tokenizer_source(value))]
 
@@ -154,6 +162,25 @@ class Tokenizer(_Strict):
     pad_to_multiple_of: Annotated[None, _refused("paddings of the vocabulary", "leave it out")] = None
 
 
+class SliceSource(_Strict):
+    model: ModelName
+    layer_range: LayerRange
+    parameters: Parameters = {}
+
+
+class OutputSlice(_Strict):
+    sources: Annotated[list[SliceSource], Field(min_length=1)]
+    base_model: ModelName | None = None
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _aligned(self):
+        counts = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
+        if len(set(counts)) > 1:
+            raise ValueError(f"its sources have {', '.join(map(str, counts))} layers; give all as many")
+        return self
+
+
 class Document(_Strict):
     merge_method: Annotated[str, AfterValidator(_method)]
     models: list[ModelEntry] = []
@@ -164,14 +191,21 @@ class Document(_Strict):
     tokenizer_source: Source = None
     tokenizer: Tokenizer | None = None
     chat_template: Annotated[str | None, AfterValidator(_chat_template)] = None
-    slices: Annotated[None, _refused("slices", "merge whole models")] = None
-    modules: Annotated[None, _refused("modules", "merge whole models")] = None
+    slices: list[OutputSlice] = []
+    modules: Annotated[None, _refused("modules", "merge whole models, or slices")] = None
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        if self.models and self.slices:
+            raise ValueError("models and slices: both are given; keep one")
+        return self
 
 
 _MESSAGES = {
     "string_type": "a text is expected, not {input!r}",
     "list_type": "a list is expected, not {input!r}",
     "dict_type": "a mapping of names to values is expected, not {input!r}",
+    "too_short": "at least one is expected",
     "int_type": "a whole number is expected, not {input!r}",
     "int_parsing": "a whole number is expected, not {input!r}",
     "model_type": "a mapping of names to values is expected, not {input!r}",
@@ -190,7 +224,7 @@ def parse(content: Any) -> tuple[Document | None, list[str]]:
 
 
 def _problem(details: dict) -> str:
-    *parents, last = details["loc"]
+    *parents, last = details["loc"] or [""]
     kind = details["type"]
     if kind == "extra_forbidden":
         return f"{_place(parents)}unknown key {last!r}{nearest(last, _keys(parents))}"
@@ -204,8 +238,9 @@ def _problem(details: dict) -> str:
 
 
 def _keys(parents: list) -> set[str]:
-    owner = {"models": ModelEntry, "tokenizer": Tokenizer}.get(parents[0] if parents else None, Document)
-    return set(owner.model_fields)
+    owners = {"models": ModelEntry, "tokenizer": Tokenizer, "slices": OutputSlice, "sources": SliceSource}
+    named = [part for part in parents if part in owners]
+    return set(owners[named[-1]].model_fields if named else Document.model_fields)
 
 
 def _place(parts) -> str:

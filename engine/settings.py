@@ -17,6 +17,7 @@ from freemerge.schema import nearest
 # mergekit's options about how it computes, not what: freemerge has nothing to choose there
 IGNORED = {"int8_mask"}
 
+_NO_EXPERT = "models: there is no expert to merge (base_model itself is not one)"
 _SILENT = object()  # a list of filters of which none matches
 
 
@@ -41,32 +42,39 @@ def settings(recipe: Recipe, method, tensor_name: str, position: float | None = 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
     """Where in its stack of layers a tensor stands: index / (layers - 1). As in mergekit an only layer
     is at 1, and what is outside the layers at 0.
+    """
+    names = list(names)
+    sizes = layer_stacks(names)
+
+    def position(place: tuple[str, int] | None) -> float:
+        if place is None or place[0] not in sizes:
+            return 0.0
+        stack, index = place
+        return index / (sizes[stack] - 1) if sizes[stack] > 1 else 1.0  # the only layer is the last
+
+    return {name: position(layer_of(name)) for name in names}
+
+
+def layer_stacks(names: Iterable[str]) -> dict[str, int]:
+    """The stacks of layers in a model and how many each has.
 
     A stack is recognised by names: `model.layers.12.mlp.up_proj.weight` is in layer 12 of the stack `model.layers` when
     other names carry every number from 0 on in that place. A model may have several (encoder and decoder).
     """
-    places = {name: _layer(name) for name in names}
     indices, sizes = defaultdict(set), defaultdict(int)
-    for place in places.values():
+    for place in map(layer_of, names):
         if place is not None:
             indices[place[0]].add(place[1])
             sizes[place[0]] += 1
     # a classifier's 0, 1, 2 is not a stack of layers beside twelve transformer blocks
     floor = max(sizes.values(), default=0) / 10
-    lasts = {
-        stack: max(found) for stack, found in indices.items() if len(found) == max(found) + 1 and sizes[stack] >= floor
+    return {
+        stack: len(found) for stack, found in indices.items() if len(found) == max(found) + 1 and sizes[stack] >= floor
     }
 
-    def position(place: tuple[str, int] | None) -> float:
-        if place is None or place[0] not in lasts:
-            return 0.0
-        stack, index = place
-        return index / lasts[stack] if lasts[stack] else 1.0  # the only layer is the last
 
-    return {name: position(place) for name, place in places.items()}
-
-
-def _layer(name: str) -> tuple[str, int] | None:
+def layer_of(name: str) -> tuple[str, int] | None:
+    """("model.layers", 12) of "model.layers.12.mlp.up_proj.weight"; None for a name without a number."""
     parts = name.split(".")
     for i, part in enumerate(parts[1:], 1):
         if part.isdecimal() and part.isascii():
@@ -75,17 +83,35 @@ def _layer(name: str) -> tuple[str, int] | None:
     return ("", int(parts[0])) if parts[0].isdecimal() and parts[0].isascii() else None
 
 
+def is_embedding(name: str) -> bool:
+    return any("emb" in part or part in ("wte", "wpe") for part in name.lower().split("."))
+
+
 def check_recipe(recipe: Recipe, method) -> list[str]:
     """Every problem of a recipe with its method, one sentence each; empty if there is none."""
+    if recipe.slices:
+        return _check_slices(recipe, method)
     problems = []
     if method.uses_base and not method.base_optional and recipe.base is None:
         problems.append(f"base_model: {method.name} merges differences from a base; say which model that is")
     if not recipe.experts:
-        problems.append("models: there is no expert to merge (base_model itself is not one)")
+        problems.append(_NO_EXPERT)
     problems += _check_all("parameters", recipe.parameters, method, shared=True)
     for expert in recipe.experts:
         problems += _check_all(f"models, {expert.name}", expert.parameters, method, shared=False)
     return problems or _check_shares(recipe, method)
+
+
+def _check_slices(recipe: Recipe, method) -> list[str]:
+    problems = _check_all("parameters", recipe.parameters, method, shared=True)
+    if method.writes_experts or method.scope == "model":
+        problems.append(f"slices: {method.name} looks at whole models; give them as models")
+    for k, piece in enumerate(recipe.slices):
+        # a slice of the base alone is its layers as they are
+        known = [*problems, *([_NO_EXPERT] if piece.base_range else [])]
+        found = [problem for problem in check_recipe(piece.recipe, method) if problem not in known]
+        problems += [f"slices[{k}]: {problem}" for problem in found]
+    return problems
 
 
 def insist_on(recipe: Recipe, method) -> None:

@@ -43,12 +43,16 @@ TOKENIZER = (
 
 
 def copy_side_files(
-    checkpoint: Checkpoint, folder: Path, dtype: np.dtype | None = None, tokenizer: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: np.dtype | None = None,
+    tokenizer: Checkpoint | None = None,
+    config: dict | None = None,
 ) -> None:
     """Copy configuration, generation config, tokenizer and chat template into `folder`.
 
     Where config.json names a dtype, it names `dtype` then, the output's. Tokenizer and chat template are those of
-    `tokenizer`, if given.
+    `tokenizer`, if given, and what config.json says is `config`.
     """
     chosen = checkpoint.side_files()
     if tokenizer is not None:
@@ -56,6 +60,8 @@ def copy_side_files(
         chosen += [path for path in tokenizer.side_files() if path.name.startswith(TOKENIZER)]
     for path in chosen:
         data = path.read_bytes()
+        if path.name == "config.json" and config is not None:
+            data = _encoded(config)
         if path.name == "config.json" and dtype is not None:
             data = _with_dtype(data, TORCH_NAMES.get(NAMES[np.dtype(dtype)]))
         write_file(folder / path.name, data)
@@ -64,7 +70,11 @@ def copy_side_files(
 def _with_dtype(data: bytes, name: str | None) -> bytes:
     config = json.loads(data)
     changed = _set_dtype(config, name) if name else False
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if changed else data
+    return _encoded(config) if changed else data
+
+
+def _encoded(config: dict) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _set_dtype(config: dict, name: str) -> bool:

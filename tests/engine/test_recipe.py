@@ -126,7 +126,7 @@ def test_all_problems_are_said_at_once():
         "models[2].model: base+adapter: not yet: adapters (model+lora) come with a later release",
         "dtype: bfloat17 is no dtype to write, did you mean bfloat16?",
         "out_dtype: int64 is no dtype to write",
-        "slices: not yet: slices come with a later release; merge whole models",
+        "slices[0].sources: at least one is expected",
         "modules: not yet",
         "parameters.weight: [1]: a number",
         "parameters.scaling: 'filtr' in a filtered list, did you mean filter?",
