@@ -26,11 +26,12 @@ from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels import dispatch
 from freemerge.placement import check_together, lies_on_gpu
 from freemerge.plan import Plan, make_plan
-from freemerge.recipe import Recipe, load_recipe
+from freemerge.recipe import Recipe, Stage, load_recipe, load_stages, stages_yaml
 from freemerge.settings import insist_on
 from freemerge.sinks import DiskSink, MemorySink
 from freemerge.sizes import parse_size
 from freemerge.slices import plan_slices
+from freemerge.stages import PlannedCheckpoint, StageFolder
 from freemerge.stream import Stream
 
 Progress = Callable[[int, int], None]
@@ -84,7 +85,7 @@ def merge(
     dry_run: bool = False,
     progress: Progress | None = None,
     **parameters: Any,
-) -> Result | Plan:
+) -> Result | Plan | dict[str | None, Plan]:
     """Merge checkpoints on disk into a new checkpoint on disk.
 
         freemerge.merge("free", base="llama", experts=["math", "code"], out="merged", scaling=0.4)
@@ -111,46 +112,121 @@ def merge(
         parameters: of the method, as in a recipe.
 
     Returns:
-        A Result; with `dry_run` the Plan.
+        A Result; with `dry_run` the Plan, of a recipe of several documents the plans by their names.
 
     Raises:
         InputError: recipe or checkpoints are not in order; all problems at once, nothing is written.
         OutputError: the result could not be written; an existing `out` is as it was.
     """
     start = time.perf_counter()
-    recipe = _recipe(method_or_recipe, base, experts, dtype, parameters)
-    method = methods.get(recipe.method)
+    stages = _stages(method_or_recipe, base, experts, dtype, parameters)
     accelerators = devices.find(device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
-    _check_recipe(recipe, method, None if out is None else Path(out))
+    _check_recipes(stages, None if out is None else Path(out))
     with ExitStack() as stack:
-        base_checkpoint, expert_checkpoints = _open_all(recipe, allow_pickle, stack)
-        lay = plan_slices if recipe.slices else make_plan
-        plan = lay(recipe, method, base_checkpoint, expert_checkpoints, shard_size=parse_size(shard_size))
-        plan = replace(plan, devices=tuple(map(str, accelerators)) or ("cpu",))
+        opened = _open_all(stages, allow_pickle, stack)
+        plan_one = partial(_plan, devices=tuple(map(str, accelerators)) or ("cpu",), shard_size=parse_size(shard_size))
+        plans = _plan_ahead(stages, opened, plan_one)
+        last = plans[stages[-1].name]
         if dry_run:
-            return plan
+            return plans if len(stages) > 1 else last
         if out is None:
             raise RecipeError("no output directory; pass out=... (on the command line: OUT, or -o OUT)")
         dispatch.set_threads(threads)
-        _run(
-            plan,
-            Path(out),
-            run={
-                "max_memory": parse_size(max_memory),
-                "check_finite": check_finite,
-                "progress": progress,
-                "accelerators": accelerators,
-            },
-            resume=resume,
-            overwrite=overwrite,
-            fsync=fsync,
-        )
-        names = tuple(expert.name for expert in recipe.experts) if method.writes_experts else ()
-        seconds = time.perf_counter() - start
-        return Result(Path(out), len(plan.tasks), names, plan.bytes_in, plan.bytes_out, seconds, tuple(plan.warnings))
+        run = {"max_memory": parse_size(max_memory), "check_finite": check_finite, "accelerators": accelerators}
+        run_one = partial(_run, run=run, resume=resume, overwrite=overwrite, fsync=fsync)
+        if len(stages) > 1:
+            with StageFolder(Path(out), overwrite=overwrite, resume=resume) as folder:
+                _run_stages(stages, plans, opened, folder, Path(out), plan_one, run_one, progress)
+        else:
+            run_one(last, Path(out), progress=progress)
+        names = tuple(expert.name for expert in last.recipe.experts) if last.method.writes_experts else ()
+        bytes_in, bytes_out = (sum(getattr(p, key) for p in plans.values()) for key in ("bytes_in", "bytes_out"))
+        warnings = tuple(warning for plan in plans.values() for warning in plan.warnings)
+        return Result(Path(out), len(last.tasks), names, bytes_in, bytes_out, time.perf_counter() - start, warnings)
 
 
-def _run(plan: Plan, out: Path, *, run: dict[str, Any], resume: bool, overwrite: bool, fsync: bool) -> None:
+def _plan(recipe: Recipe, opened: Mapping[str, Any], *, devices: tuple[str, ...], shard_size: int) -> Plan:
+    """The plan of one merge; without a base the first model is the one to copy from."""
+    method = methods.get(recipe.method)
+    lay = plan_slices if recipe.slices else make_plan
+    experts = [opened[expert.model] for expert in recipe.experts]
+    plan = lay(recipe, method, opened[recipe.models[0]], experts, shard_size=shard_size)
+    return replace(plan, devices=devices)
+
+
+def _plan_ahead(stages: Sequence[Stage], opened: Mapping[str, Any], plan_one: Callable) -> dict[str | None, Plan]:
+    """Plans of all stages by name, from headers alone: those of results that are yet to be made as well."""
+    plans, known = {}, dict(opened)
+    for stage in stages:
+        plans[stage.name] = plan = plan_one(stage.recipe, known)
+        known[stage.name] = PlannedCheckpoint(plan, stage.name)
+    return plans
+
+
+def _run_stages(
+    stages: Sequence[Stage],
+    plans: Mapping[str | None, Plan],
+    opened: Mapping[str, Checkpoint],
+    folder: StageFolder,
+    out: Path,
+    plan_one: Callable,
+    run_one: Callable,
+    progress: Progress | None,
+) -> None:
+    done, total = 0, sum(plan.bytes_in + plan.bytes_out for plan in plans.values())
+
+    def tell(stage_done: int, _: int) -> None:
+        progress(done + stage_done, total)
+
+    with ExitStack() as stack:
+        known = dict(opened)
+        for stage in stages[:-1]:
+            plan, place = plan_one(stage.recipe, known), folder.place(stage.name)
+            fingerprint = plan.fingerprint
+            if not folder.holds(stage.name, fingerprint):
+                run_one(plan, place, progress=progress and tell)
+                folder.note(stage.name, fingerprint)
+            known[stage.name] = stack.enter_context(open_checkpoint(place))
+            known[stage.name].label = stage.name
+            done += plan.bytes_in + plan.bytes_out
+        plan = plan_one(stages[-1].recipe, known)
+        run_one(plan, out, progress=progress and tell, origin=_Origin.of_stages(stages, opened))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What card and manifest say a result was made from."""
+
+    text: str
+    data: Any
+    inputs: list[MergeInput]
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> "_Origin":
+        text = plan.recipe.to_yaml()
+        inputs = [MergeInput.of(plan.base, "base")] if plan.recipe.base is not None else []
+        inputs += [MergeInput.of(checkpoint, "expert") for checkpoint in plan.experts]
+        return cls(text, yaml.safe_load(text), inputs)
+
+    @classmethod
+    def of_stages(cls, stages: Sequence[Stage], opened: Mapping[str, Checkpoint]) -> "_Origin":
+        text = stages_yaml(stages)
+        bases = {stage.recipe.base for stage in stages}
+        inputs = [MergeInput.of(checkpoint, "base" if m in bases else "expert") for m, checkpoint in opened.items()]
+        return cls(text, list(yaml.safe_load_all(text)), inputs)
+
+
+def _run(
+    plan: Plan,
+    out: Path,
+    *,
+    run: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+    fsync: bool,
+    progress: Progress | None,
+    origin: _Origin | None = None,
+) -> None:
     with WorkDir.open(out, fingerprint=plan.fingerprint, overwrite=overwrite, resume=resume, fsync=fsync) as work:
         try:
             with CheckpointWriter(work.staging, plan.shards, fsync=fsync) as writer:
@@ -159,34 +235,32 @@ def _run(plan: Plan, out: Path, *, run: dict[str, Any], resume: bool, overwrite:
                 sink.resume(extraction.holds if extraction else lambda name, record: True)
                 if extraction:
                     extraction.resume(sink.done)
-                Stream(plan, sink, extraction=extraction, **run).run()
+                Stream(plan, sink, extraction=extraction, progress=progress, **run).run()
                 for checkpoint in (plan.base, *plan.experts):
                     checkpoint.check_unchanged()
                 writer.finish()
-            _write_side_files(plan, sink.records, work.staging)
+            _write_side_files(plan, sink.records, work.staging, origin or _Origin.of_plan(plan))
         except InputError:
             work.discard()  # nothing in it can be resumed
             raise
         work.publish()
 
 
-def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path) -> None:
+def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path, origin: _Origin) -> None:
     recipe, method = plan.recipe, plan.method
     sources = {expert.model: checkpoint for expert, checkpoint in zip(recipe.experts, plan.experts, strict=True)}
     tokenizer = sources.get(recipe.tokenizer_source)
     copy_side_files(plan.base, folder, dtype=plan.dtype, tokenizer=tokenizer, config=plan.config)
     if recipe.chat_template is not None:
         write_file(folder / "chat_template.jinja", recipe.chat_template.encode())
-    inputs = [MergeInput.of(plan.base, "base")] if recipe.base is not None else []
-    inputs += [MergeInput.of(checkpoint, "expert") for checkpoint in plan.experts]
     names = [expert.name for expert in recipe.experts] if method.writes_experts else []
-    write_card(folder, method=method.name, recipe=recipe.to_yaml(), inputs=inputs, experts=names)
+    write_card(folder, method=method.name, recipe=origin.text, inputs=origin.inputs, experts=names)
     checksums = {name: record["checksum"] for name, record in records.items()}
     experts = {name: {} for name in names}
     write_manifest(
         folder,
-        recipe=yaml.safe_load(recipe.to_yaml()),
-        inputs=inputs,
+        recipe=origin.data,
+        inputs=origin.inputs,
         shards=plan.shards,
         checksums=checksums,
         experts=experts,
@@ -275,36 +349,38 @@ def _out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
-def _recipe(method_or_recipe, base, experts, dtype, parameters) -> Recipe:
+def _stages(method_or_recipe, base, experts, dtype, parameters) -> tuple[Stage, ...]:
     said = os.fspath(method_or_recipe)
     if said in methods.names() or base is not None or experts:
-        return Recipe.from_flags(said, base, experts, parameters, dtype=dtype)
-    recipe = load_recipe(method_or_recipe)
-    return recipe.overridden(parameters, dtype) if parameters or dtype else recipe
+        return (Stage(None, Recipe.from_flags(said, base, experts, parameters, dtype=dtype)),)
+    if parameters or dtype:
+        return (Stage(None, load_recipe(method_or_recipe).overridden(parameters, dtype)),)
+    return load_stages(method_or_recipe)
 
 
-def _check_recipe(recipe: Recipe, method: methods.Method, out: Path | None) -> None:
+def _check_recipes(stages: Sequence[Stage], out: Path | None) -> None:
     """What can be said before any checkpoint is opened."""
-    insist_on(recipe, method)
-    inputs = [recipe.base, *(expert.model for expert in recipe.experts)]
-    if (
-        out is not None
-        and out.exists()
-        and any(model and Path(model).exists() and out.samefile(model) for model in inputs)
-    ):
+    for stage in stages:
+        insist_on(stage.recipe, methods.get(stage.recipe.method))
+    if out is not None and out.exists() and any(Path(m).exists() and out.samefile(m) for m in _inputs(stages)):
         raise RecipeError(f"{out} is one of the inputs; choose another output directory")
 
 
-def _open_all(recipe: Recipe, allow_pickle: bool, stack: ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
-    """The base (without one, the first model, to copy from) and the experts; all that cannot be opened in one error."""
+def _inputs(stages: Sequence[Stage]) -> list[str]:
+    """The models of all stages that none of them makes."""
+    made = {stage.name for stage in stages}
+    return list(dict.fromkeys(model for stage in stages for model in stage.recipe.models if model not in made))
+
+
+def _open_all(stages: Sequence[Stage], allow_pickle: bool, stack: ExitStack) -> dict[str, Checkpoint]:
+    """The models that no stage makes; all that cannot be opened in one error."""
     opened: dict[str, Checkpoint] = {}
     errors = []
-    wanted = [model for model in (recipe.base, *(expert.model for expert in recipe.experts)) if model is not None]
-    for model in dict.fromkeys(wanted):
+    for model in _inputs(stages):
         try:
             opened[model] = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
         except CheckpointError as error:
             errors.append(error)
     if errors:
         raise CheckpointError(gathered(errors))
-    return opened[wanted[0]], [opened[expert.model] for expert in recipe.experts]
+    return opened

@@ -120,9 +120,14 @@ def _ties(checkpoint) -> dict[str, str]:
     ties = dict(checkpoint.tied)
     for name in checkpoint.tensors:
         embedding = _head_of(checkpoint, name)
-        if name not in ties and embedding and same_bytes(checkpoint.read(name), checkpoint.read(embedding)):
+        if name not in ties and embedding and _holds_same(checkpoint, name, embedding):
             ties[name] = embedding
     return ties
+
+
+def _holds_same(checkpoint, name: str, other: str) -> bool:
+    # a checkpoint that is yet to be made has no bytes, and names all its ties
+    return hasattr(checkpoint, "read") and same_bytes(checkpoint.read(name), checkpoint.read(other))
 
 
 def _head_of(checkpoint, name: str) -> str | None:

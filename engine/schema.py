@@ -182,6 +182,7 @@ class OutputSlice(_Strict):
 
 
 class Document(_Strict):
+    name: str | None = None  # of several documents: what others call its result
     merge_method: Annotated[str, AfterValidator(_method)]
     models: list[ModelEntry] = []
     base_model: ModelName | None = None

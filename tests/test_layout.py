@@ -22,7 +22,7 @@ LAYERS = [
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["schema", "recipe", "settings", "accelerator", "devices"],
-    ["match", "plan", "slices"],
+    ["match", "plan", "slices", "stages"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model"],

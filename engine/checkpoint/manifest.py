@@ -54,7 +54,7 @@ def backbone_fingerprint(checksums: Mapping[str, str]) -> str:
 def write_manifest(
     folder: Path,
     *,
-    recipe: Mapping[str, object],
+    recipe: Mapping[str, object] | Sequence[Mapping[str, object]],
     inputs: Sequence[MergeInput],
     shards: Sequence[ShardPlan],
     checksums: Mapping[str, str],
@@ -64,7 +64,7 @@ def write_manifest(
 
     Args:
         folder: where the whole result stands.
-        recipe: plain data (what YAML can hold).
+        recipe: plain data (what YAML can hold), a list where it has several documents.
         shards: as written.
         checksums: of every tensor, by name.
         experts: facts to note of experts/<name>.safetensors, by name.

@@ -24,6 +24,22 @@ from freemerge.errors import OutputError
 _CHECKPOINT_FILES = ("*.safetensors", "*.index.json", "config.json", "freemerge.json", "*.bin", "*.pt", "*.pth")
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise OutputError where a result must not appear as `out`."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; the output is a directory: choose another name")
+    if not overwrite:
+        raise OutputError(
+            f"{out} exists; --overwrite replaces it when the new result is complete, or choose another name"
+        )
+    if any(out.iterdir()) and not any(any(out.glob(pattern)) for pattern in _CHECKPOINT_FILES):
+        raise OutputError(
+            f"{out} holds files but no checkpoint, so --overwrite does not delete it; choose another name"
+        )
+
+
 class WorkDir:
     """The work directory of one merge, made by `open`. Leaving a `with` block keeps what is done for --resume."""
 
@@ -102,19 +118,7 @@ class WorkDir:
             self._old.rename(self.out)
 
     def _check_out(self) -> None:
-        out = self.out
-        if not out.exists():
-            return
-        if not out.is_dir():
-            raise OutputError(f"{out} is a file; the output is a directory: choose another name")
-        if not self._overwrite:
-            raise OutputError(
-                f"{out} exists; --overwrite replaces it when the new result is complete, or choose another name"
-            )
-        if any(out.iterdir()) and not any(any(out.glob(pattern)) for pattern in _CHECKPOINT_FILES):
-            raise OutputError(
-                f"{out} holds files but no checkpoint, so --overwrite does not delete it; choose another name"
-            )
+        check_out(self.out, self._overwrite)
 
     def _check_leftovers(self, fingerprint: str, resume: bool) -> None:
         if not self._recorded():

@@ -151,9 +151,23 @@ def _interruptible(out: str):
 
 
 def _print_plan(plan, as_json: bool) -> None:
-    if as_json:
-        print_json({**plan.summary(), "rows": plan.rows()})
+    if not isinstance(plan, dict):
+        print_json(_plan_facts(plan)) if as_json else _print_one_plan(plan)
         return
+    if as_json:
+        print_json({"stages": [{"name": name, **_plan_facts(stage)} for name, stage in plan.items()]})
+        return
+    for name, stage in plan.items():
+        typer.echo(f"-- {name or 'result'}\n")
+        _print_one_plan(stage)
+        typer.echo()
+
+
+def _plan_facts(plan) -> dict[str, Any]:
+    return {**plan.summary(), "rows": plan.rows()}
+
+
+def _print_one_plan(plan) -> None:
     print_table(plan.rows())
     typer.echo()
     summary = plan.summary()

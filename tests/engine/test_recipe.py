@@ -145,7 +145,7 @@ def test_a_key_given_twice_is_refused():
 
 
 def test_a_second_document_is_refused():
-    assert "not yet: several documents" in problems_of("merge_method: linear\n---\nmerge_method: linear\n")
+    assert "holds 2 documents" in problems_of("merge_method: linear\n---\nmerge_method: linear\n")
 
 
 @pytest.mark.parametrize(

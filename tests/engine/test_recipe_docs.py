@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from freemerge import methods
-from freemerge.recipe import Recipe, load_recipe
+from freemerge.recipe import Recipe, load_stages
 from freemerge.schema import Document
 from freemerge.settings import check_recipe
 
@@ -16,9 +16,10 @@ TEXT = (Path(__file__).parents[2] / "docs/recipe.md").read_text("utf-8")
 
 @pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL))
 def test_yaml_examples(example):
-    recipe = load_recipe(example)
-    assert len(recipe.experts) == 2
-    assert check_recipe(recipe, methods.get(recipe.method)) == []
+    *_, last = stages = load_stages(example)
+    assert len(last.recipe.experts) == 2
+    for stage in stages:
+        assert check_recipe(stage.recipe, methods.get(stage.recipe.method)) == []
 
 
 def test_python_example():
