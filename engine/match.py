@@ -127,7 +127,7 @@ def _ties(checkpoint) -> dict[str, str]:
 
 def _holds_same(checkpoint, name: str, other: str) -> bool:
     # a checkpoint that is yet to be made has no bytes, and names all its ties
-    return hasattr(checkpoint, "read") and same_bytes(checkpoint.read(name), checkpoint.read(other))
+    return not getattr(checkpoint, "is_planned", False) and same_bytes(checkpoint.read(name), checkpoint.read(other))
 
 
 def _head_of(checkpoint, name: str) -> str | None:

@@ -19,6 +19,8 @@ from freemerge.plan import Plan
 class PlannedCheckpoint:
     """The headers and the configuration of a plan's result: all of it that is known before it is made."""
 
+    is_planned = True
+
     def __init__(self, plan: Plan, label: str):
         self.label, self.path, self.files = label, None, ()
         self.config = plan.base.config if plan.config is None else plan.config

@@ -18,6 +18,7 @@ class CheckpointView:
     def __init__(self, checkpoint, places: Mapping[str, tuple[object, str]], config: dict | None = None):
         self._checkpoint, self._places = checkpoint, dict(sorted(places.items()))
         self.label, self.path, self.files = checkpoint.label, checkpoint.path, checkpoint.files
+        self.is_planned = getattr(checkpoint, "is_planned", False)
         self.config = checkpoint.config if config is None else config
         self.tensors = {name: source.tensors[old] for name, (source, old) in self._places.items()}
         names = {(id(source), old): name for name, (source, old) in self._places.items()}

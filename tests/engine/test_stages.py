@@ -60,6 +60,9 @@ def test_all_stages_are_planned_before_one_runs(models, tmp_path):
     plans = freemerge.merge(documents(models), out=tmp_path / "out", dry_run=True)
     assert list(plans) == ["blend", "stack", None]
     assert [plan.summary()["merged"] for plan in plans.values()] == [21, 21, 21]
+    whole = documents(models).replace("layer_range: [0, 1]", "layer_range: [0, 2]").replace("[1, 2]", "[0, 2]")
+    single = "\n".join(line for line in whole.splitlines() if "/code, layer_range" not in line)
+    assert freemerge.merge(single, dry_run=True)["stack"].summary()["tensors"] == 21
     beyond = documents(models).replace("[1, 2]", "[1, 3]")
     with pytest.raises(PlanError, match="it has 2 layers"):
         freemerge.merge(beyond, out=tmp_path / "out")
