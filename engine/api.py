@@ -19,6 +19,7 @@ from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter, write_file
+from freemerge.documents import Stage, load_stages, stages_yaml
 from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, gathered
 from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
@@ -26,7 +27,7 @@ from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels import dispatch
 from freemerge.placement import check_together, lies_on_gpu
 from freemerge.plan import Plan, make_plan
-from freemerge.recipe import Recipe, Stage, load_recipe, load_stages, stages_yaml
+from freemerge.recipe import Recipe, load_recipe
 from freemerge.settings import insist_on
 from freemerge.sinks import DiskSink, MemorySink
 from freemerge.sizes import parse_size
@@ -124,7 +125,7 @@ def merge(
     _check_recipes(stages, None if out is None else Path(out))
     with ExitStack() as stack:
         opened = _open_all(stages, allow_pickle, stack)
-        plan_one = partial(_plan, devices=tuple(map(str, accelerators)) or ("cpu",), shard_size=parse_size(shard_size))
+        plan_one = partial(_plan, run_by=tuple(map(str, accelerators)) or ("cpu",), shard_size=parse_size(shard_size))
         plans = _plan_ahead(stages, opened, plan_one)
         last = plans[stages[-1].name]
         if dry_run:
@@ -145,13 +146,13 @@ def merge(
         return Result(Path(out), len(last.tasks), names, bytes_in, bytes_out, time.perf_counter() - start, warnings)
 
 
-def _plan(recipe: Recipe, opened: Mapping[str, Any], *, devices: tuple[str, ...], shard_size: int) -> Plan:
+def _plan(recipe: Recipe, opened: Mapping[str, Any], *, run_by: tuple[str, ...], shard_size: int) -> Plan:
     """The plan of one merge; without a base the first model is the one to copy from."""
     method = methods.get(recipe.method)
     lay = plan_slices if recipe.slices else make_plan
     experts = [opened[expert.model] for expert in recipe.experts]
     plan = lay(recipe, method, opened[recipe.models[0]], experts, shard_size=shard_size)
-    return replace(plan, devices=devices)
+    return replace(plan, devices=run_by)
 
 
 def _plan_ahead(stages: Sequence[Stage], opened: Mapping[str, Any], plan_one: Callable) -> dict[str | None, Plan]:

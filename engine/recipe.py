@@ -18,8 +18,8 @@ from freemerge import methods
 from freemerge.errors import RecipeError, listed
 from freemerge.schema import Document, ModelEntry, OutputSlice, nearest, parse
 
-_REMEDY = "docs/recipe.md describes every key."
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+REMEDY = "docs/recipe.md describes every key."
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _GENERIC_FILES = {"model", "pytorch_model", "adapter_model", "consolidated"}
 
 
@@ -152,44 +152,23 @@ class Recipe:
         return yaml.dump(_drop_empty(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One document of a recipe of several; others name its result by `name`."""
-
-    name: str | None
-    recipe: Recipe
-
-
 def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
     """Read a recipe from a file, from YAML text, or from a mapping of the same shape.
 
     Raises:
         RecipeError: it cannot be read, or it says something that makes no sense; all problems at once.
     """
-    label, documents = _documents(source)
+    label, documents = read_documents(source)
     if len(documents) > 1:
         raise RecipeError(
             f"{label}: holds {len(documents)} documents; they are merged as they stand, so write what is to change "
             "into them"
         )
-    (stage,) = _stages(label, documents)
-    return stage.recipe
-
-
-def load_stages(source: str | os.PathLike) -> tuple[Stage, ...]:
-    """Read a recipe of one or several documents: its stages in the order they can run, the last makes the result.
-
-    Raises:
-        RecipeError: as for `load_recipe`; or the stages make no one result.
-    """
-    return _arranged(*_documents(source))
-
-
-def stages_yaml(stages: Sequence[Stage]) -> str:
-    """A recipe of several documents; loading it gives these stages again."""
-    heads = ({"name": stage.name} if stage.name else {} for stage in stages)
-    texts = (yaml.dump(head, Dumper=_Dumper) if head else "" for head in heads)
-    return "---\n".join(text + stage.recipe.to_yaml() for text, stage in zip(texts, stages, strict=True))
+    document, problems = parse(documents[0])
+    recipe = recipe_of(document, problems) if document else None
+    if problems:
+        raise RecipeError(f"{label}: {listed(problems, REMEDY)}")
+    return recipe
 
 
 def named_experts(pairs: Sequence[tuple[str | None, str]]) -> dict[str, str]:
@@ -210,7 +189,8 @@ def parse_value(text: str) -> Any:
         raise RecipeError(f"{text!r} is not a value a recipe could have: {error}") from error
 
 
-def _documents(source) -> tuple[str, list]:
+def read_documents(source) -> tuple[str, list]:
+    """What to call a recipe, and its YAML documents."""
     if isinstance(source, Mapping):
         return "recipe", [dict(source)]
     text = os.fspath(source)
@@ -229,61 +209,8 @@ def _documents(source) -> tuple[str, list]:
     return label, [document for document in documents if document is not None] or [None]
 
 
-def _stages(label: str, documents: list) -> list[Stage]:
-    stages, problems = [], []
-    for number, content in enumerate(documents, 1):
-        document, found = parse(content)
-        if document:
-            stages.append(Stage(document.name, _recipe(document, found)))
-        problems += [f"document {number}: {problem}" if len(documents) > 1 else problem for problem in found]
-    if problems:
-        raise RecipeError(f"{label}: {listed(problems, _REMEDY)}")
-    return stages
-
-
-def _arranged(label: str, documents: list) -> tuple[Stage, ...]:
-    stages = _stages(label, documents)
-    unnamed = [stage for stage in stages if stage.name is None]
-    final = unnamed[0] if unnamed else stages[-1]
-    made = {stage.name: stage for stage in stages if stage.name is not None}
-    problems = [
-        f"name {name!r}: it becomes a folder's name: letters, digits, '_', '-', and '.' not first"
-        for name in made
-        if not _NAME.fullmatch(name)
-    ]
-    problems += ["more than one document has no name; the one without is the result"] * (len(unnamed) > 1)
-    problems += [f"name {name!r}: given to two documents" for name, count in _counted(stages) if count > 1]
-    ordered: list[Stage] = []
-    _visit(final, made, ordered, (), problems)
-    unused = [stage.name for stage in stages if stage not in ordered and stage.name is not None]
-    problems += (
-        [] if problems else [f"{name}: no document has it among its models; out is one model" for name in unused]
-    )
-    if problems:
-        raise RecipeError(f"{label}: {listed(problems, _REMEDY)}")
-    return tuple(ordered)
-
-
-def _counted(stages: list[Stage]) -> list[tuple[str, int]]:
-    names = [stage.name.lower() for stage in stages if stage.name is not None]
-    return [(name, names.count(name)) for name in dict.fromkeys(names)]
-
-
-def _visit(
-    stage: Stage, made: dict[str, Stage], ordered: list[Stage], above: tuple[str | None, ...], problems: list[str]
-):
-    """Put a stage into `ordered`, after those that make its models."""
-    if stage.name is not None and stage.name in above:
-        problems.append(f"{stage.name}: made from itself, by {' <- '.join(map(str, above[above.index(stage.name) :]))}")
-        return
-    for model in stage.recipe.models:
-        if model in made and made[model] not in ordered:
-            _visit(made[model], made, ordered, (*above, stage.name), problems)
-    if stage not in ordered:
-        ordered.append(stage)
-
-
-def _recipe(document: Document, problems: list[str]) -> Recipe:
+def recipe_of(document: Document, problems: list[str]) -> Recipe:
+    """The recipe a checked document describes; what makes no sense in it is added to `problems`."""
     if document.slices:
         return _sliced(document, problems)
     base = document.base_model
@@ -386,7 +313,7 @@ def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
     asked = [entry.name for entry in entries if entry.name is not None]
     taken = set()
     for name in asked:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             problems.append(f"name {name!r}: it becomes a file's name: letters, digits, '_', '-', and '.' not first")
         if name.lower() in taken:
             problems.append(f"name {name!r}: given to two experts")

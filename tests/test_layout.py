@@ -21,7 +21,7 @@ LAYERS = [
     ["kernels.triton", "kernels.cuda"],
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
-    ["schema", "recipe", "settings", "accelerator", "devices"],
+    ["schema", "recipe", "documents", "settings", "accelerator", "devices"],
     ["match", "plan", "slices", "stages"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from freemerge import methods
-from freemerge.recipe import Recipe, load_stages
+from freemerge.documents import load_stages
+from freemerge.recipe import Recipe
 from freemerge.schema import Document
 from freemerge.settings import check_recipe
 

@@ -7,8 +7,9 @@ import pytest
 
 import freemerge
 from freemerge.api import open_checkpoint
+from freemerge.documents import load_stages, stages_yaml
 from freemerge.errors import CheckpointError, OutputError, PlanError, RecipeError
-from freemerge.recipe import load_recipe, load_stages, stages_yaml
+from freemerge.recipe import load_recipe
 
 
 def documents(models):
