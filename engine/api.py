@@ -17,6 +17,7 @@ from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, write_manifest
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
+from freemerge.checkpoint.source import split_adapters
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter, write_file
 from freemerge.documents import Stage, load_stages, stages_yaml
@@ -95,7 +96,8 @@ def merge(
     Args:
         method_or_recipe: name of a method (`freemerge methods` lists them), or a recipe, a file or YAML text, which
             names its models itself; `parameters` and `dtype` then go before its own.
-        base, experts: directories, files or hub names; experts also as a mapping of names to them.
+        base, experts: directories, files or hub names, with LoRA adapters as `model+adapter`; experts also adapters
+            alone, and as a mapping of names to them.
         out: the directory to write. It appears complete or not at all.
         dtype: of the result's floating tensors; that of the base, tensor by tensor, if not given.
         device: "auto" (every visible GPU, or the CPU where there is none to use), "cpu", "cuda" or "cuda:N".
@@ -363,7 +365,7 @@ def _check_recipes(stages: Sequence[Stage], out: Path | None) -> None:
     """What can be said before any checkpoint is opened."""
     for stage in stages:
         insist_on(stage.recipe, methods.get(stage.recipe.method))
-    if out is not None and out.exists() and any(Path(m).exists() and out.samefile(m) for m in _inputs(stages)):
+    if out is not None and out.exists() and any(Path(m).exists() and out.samefile(m) for m in _parts(stages)):
         raise RecipeError(f"{out} is one of the inputs; choose another output directory")
 
 
@@ -373,13 +375,26 @@ def _inputs(stages: Sequence[Stage]) -> list[str]:
     return list(dict.fromkeys(model for stage in stages for model in stage.recipe.models if model not in made))
 
 
+def _parts(stages: Sequence[Stage]) -> list[str]:
+    """The same, models and the adapters on them apart."""
+    return [part for model, adapters in map(split_adapters, _inputs(stages)) for part in (model, *adapters)]
+
+
+def _beneath(model: str, stages: Sequence[Stage]) -> str | None:
+    """What an adapter alone may go on: the base of the first stage that it is merged in, if that is there already."""
+    there = _inputs(stages)
+    bases = (stage.recipe.base for stage in stages if model in stage.recipe.models)
+    return next((base for base in bases if base in there and base != model), None)
+
+
 def _open_all(stages: Sequence[Stage], allow_pickle: bool, stack: ExitStack) -> dict[str, Checkpoint]:
     """The models that no stage makes; all that cannot be opened in one error."""
     opened: dict[str, Checkpoint] = {}
     errors = []
     for model in _inputs(stages):
         try:
-            opened[model] = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
+            beneath = _beneath(model, stages)
+            opened[model] = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle, base=beneath))
         except CheckpointError as error:
             errors.append(error)
     if errors:

@@ -46,7 +46,7 @@ class Inputs:
         self.checkpoints, errors = [], []
         for name, model in self._given():
             try:
-                self.checkpoints.append(self._stack.enter_context(_open(name, model, allow_pickle)))
+                self.checkpoints.append(self._stack.enter_context(_open(name, model, self.base, allow_pickle)))
             except CheckpointError as error:
                 errors.append(error)
         if errors:
@@ -128,6 +128,14 @@ class _Moved:
         arrays = dict(zip(names, move(map(checkpoint.read, names)), strict=True))
         self.read = {name: arrays[self.tied.get(name, name)] for name in self.tensors}.__getitem__
 
+    def read_run(self, name: str, begin: int, end: int) -> Array:
+        """Elements [begin, end) of a tensor in order, [end - begin]."""
+        return self.read(name).reshape(-1)[begin:end]
+
+    def nbytes_made(self, name: str) -> int:
+        """Bytes of memory that reading a tensor takes: none."""
+        return 0
+
 
 def is_path(model: Model) -> bool:
     return isinstance(model, (str, os.PathLike))
@@ -140,9 +148,10 @@ def _named(experts: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
     return dict(zip(named_experts([(None, name) for name in called]), experts, strict=True))
 
 
-def _open(name: str, model: Model, allow_pickle: bool):
+def _open(name: str, model: Model, base: Model | None, allow_pickle: bool):
     if is_path(model):
-        return open_checkpoint(model, allow_pickle=allow_pickle)
+        beneath = base if is_path(base) and base is not model else None
+        return open_checkpoint(model, allow_pickle=allow_pickle, base=beneath)
     if not isinstance(model, Mapping) and not hasattr(model, "state_dict"):
         raise CheckpointError(f"{name}: a {type(model).__name__} is no path, no state dict and no nn.Module")
     return MemoryCheckpoint(model if isinstance(model, Mapping) else model.state_dict(), name)

@@ -77,7 +77,7 @@ def inspect_models(
     """
     if spectrum is not None and base is None:
         raise InputError("a spectrum is one of task vectors: name the base (--base)")
-    opened = [open_checkpoint(model, allow_pickle=allow_pickle) for model in models]
+    opened = [open_checkpoint(model, allow_pickle=allow_pickle, base=base) for model in models]
     if base is None:
         return [row for model in opened for row in _with_total(_contents(model))]
     start = open_checkpoint(base, allow_pickle=allow_pickle)

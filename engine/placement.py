@@ -47,6 +47,11 @@ class Unit:
     def nbytes(self) -> int:
         return (self.stop - self.start) * self.task.dtype.itemsize
 
+    @property
+    def beside(self) -> int:
+        """Bytes it takes on the host beside its result: the method's workspace, and inputs that are computed."""
+        return self.task.workspace + self.task.made * (self.stop - self.start) // max(1, self.task.size)
+
     def halves(self, step: int) -> "tuple[Unit, Unit]":
         """The same in two, cut at a multiple of `step` elements; larger than that, it has such a place."""
         middle = self.start + -(-(self.stop - self.start) // (2 * step)) * step
@@ -74,12 +79,12 @@ class OnHost:
 
     @contextmanager
     def held(self, unit: Unit) -> Iterator[tuple[Array, list[Array | None], Array]]:
-        base, experts = inputs(self._plan, unit)
         home = self._home(unit)
         if home is not None:
-            yield base, experts, unit.of(home)
+            yield *inputs(self._plan, unit), unit.of(home)
             return
-        with self._buffers.borrow(unit.nbytes, beside=unit.task.workspace) as buffer:
+        with self._buffers.borrow(unit.nbytes, beside=unit.beside) as buffer:
+            base, experts = inputs(self._plan, unit)
             out = buffer.view(unit.task.dtype).reshape(unit.shape)
             # from a GPU, where this unit does not fit
             yield placed_like(base, out), [e if e is None else placed_like(e, out) for e in experts], out
@@ -93,7 +98,7 @@ class OnHost:
         """The memory the tensor belongs in, where the method is to write it there itself."""
         home = self._sink.direct(unit.task.name)
         if home is None:
-            fits = self._buffers.fits(unit.nbytes, unit.task.workspace)
+            fits = self._buffers.fits(unit.nbytes, unit.beside)
             return None if fits else self._sink.map(unit.task.name)
         return home if is_tensor(home) == is_tensor(self._plan.base.read(unit.task.name)) else None
 
@@ -142,8 +147,8 @@ class OnAccelerator:
 
 def inputs(plan: Plan, unit: Unit) -> tuple[Array, list[Array | None]]:
     """The unit's elements of the base and of every expert, where they lie; None for an expert that is left out."""
-    experts = plan.read_experts(unit.task) if unit.task.settings is not None else []
-    return unit.of(plan.base.read(unit.task.name)), [None if e is None else unit.of(e) for e in experts]
+    run = None if unit.whole else (unit.start, unit.stop)
+    return plan.read_base(unit.task, run), plan.read_experts(unit.task, run) if unit.task.settings is not None else []
 
 
 def lies_on_gpu(plan: Plan) -> bool:

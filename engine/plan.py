@@ -34,6 +34,7 @@ class TensorTask:
         transform: what is done to the tensor, in words.
         workspace: bytes of memory the method needs beside the result.
         elementwise: whether any run of elements can be merged alone.
+        made: bytes of memory its inputs take, as adapters are applied when they are read.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TensorTask:
     transform: str
     workspace: int = 0
     elementwise: bool = True
+    made: int = 0
 
     @property
     def size(self) -> int:
@@ -115,10 +117,14 @@ class Plan:
     def bytes_read(self, task: TensorTask) -> int:
         return sum(checkpoint.tensors[name].nbytes for checkpoint, name in self.inputs(task))
 
-    def read_experts(self, task: TensorTask) -> list[Array | None]:
-        """A tensor of every expert, in the base's shape; None for an expert that is left out of it."""
+    def read_base(self, task: TensorTask, run: tuple[int, int] | None = None) -> Array:
+        """A tensor of the base; of a run (begin, end) its elements, in order."""
+        return self.base.read(task.name) if run is None else self.base.read_run(task.name, *run)
+
+    def read_experts(self, task: TensorTask, run: tuple[int, int] | None = None) -> list[Array | None]:
+        """A tensor of every expert, or a run of it, in the base's shape; None for an expert that is left out of it."""
         sources = zip(self.experts, task.match.sources, strict=True)
-        return [None if source is None else _cropped(expert.read(source), task.shape) for expert, source in sources]
+        return [None if source is None else _read(expert, source, task.shape, run) for expert, source in sources]
 
     def merge(self, task: TensorTask, base: Array, experts: Sequence[Array | None], out: Array) -> None:
         """Write a tensor of the result, or of an elementwise one the same run of elements of each array.
@@ -288,9 +294,14 @@ class Planner:
             planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen) if plan_tensor else plain
             # an expert is cut out of whole tensors
             elementwise = method.scope == "element" or (planned.elementwise and not method.writes_experts)
-            done = (planned.transform, planned.workspace, elementwise)
+            done = (planned.transform, planned.workspace, elementwise, self._made(method, match))
             tasks.append(TensorTask(name, info.shape, dtype, match, chosen, *done))
         return tasks
+
+    def _made(self, method: Method, match: Match) -> int:
+        inputs = [(self.base, match.name)] if method.uses_base else []
+        inputs += [pair for pair in zip(self.experts, match.sources, strict=True) if pair[1] is not None]
+        return sum(checkpoint.nbytes_made(name) for checkpoint, name in inputs)
 
 
 def lay_out(tasks: list[TensorTask], shard_size: int | None) -> list[ShardPlan]:
@@ -307,6 +318,13 @@ def _fit(recipe: Recipe, method: Method):
     if hook is None:
         return never_fits
     return lambda name, shape, expert_shape: hook(name, shape, expert_shape, **settings(recipe, method, name, None))
+
+
+def _read(expert, source: str, shape: tuple[int, ...], run: tuple[int, int] | None) -> Array:
+    if run is not None and expert.tensors[source].shape == shape:
+        return expert.read_run(source, *run)
+    array = _cropped(expert.read(source), shape)
+    return array if run is None else array.reshape(-1)[slice(*run)]
 
 
 def _cropped(expert: Array, shape: tuple[int, ...]) -> Array:

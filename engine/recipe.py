@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from freemerge import methods
+from freemerge.checkpoint.source import split_adapters
 from freemerge.errors import RecipeError, listed
 from freemerge.schema import Document, ModelEntry, OutputSlice, nearest, parse
 
@@ -322,7 +323,8 @@ def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
 
 
 def _new_name(model: str, taken: set[str]) -> str:
-    path = PurePosixPath(model.replace(os.sep, "/").partition("@")[0])
+    model, adapters = split_adapters(model)
+    path = PurePosixPath([model, *adapters][-1].replace(os.sep, "/").partition("@")[0])
     if path.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
         path = path.parent if path.stem in _GENERIC_FILES and path.parent.name else path.with_suffix("")
     word = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name).lstrip(".-") or "expert"

@@ -4,7 +4,6 @@ Only the shape: what a method makes of its parameters is checked in settings.py.
 """
 
 import difflib
-import os
 from typing import Annotated, Any
 
 import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
@@ -81,17 +80,18 @@ def _model(value: Any) -> str:
         value = _model_of_mapping(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a folder, a file or a hub name is expected")
-    if "+" in value and not os.path.exists(value):
-        later = _LATER.format("adapters (model+lora) come", "merge the adapter into its model first")
-        raise ValueError(f"{value}: {later}")
     return value
 
 
 def _model_of_mapping(value: dict) -> str:
     # mergekit also writes a model as {model: {path: ..., revision: ...}}
-    if value.get("lora") or value.get("override_architecture"):
-        raise ValueError(_LATER.format("lora and override_architecture come", "merge whole models"))
-    place = value.get("model", value)
+    if value.get("override_architecture"):
+        raise ValueError(_LATER.format("override_architecture comes", "merge models of one architecture"))
+    model, lora = _place_of(value.get("model", value)), _place_of(value.get("lora"))
+    return f"{model}+{lora}" if model and lora else model
+
+
+def _place_of(place: Any) -> Any:
     if isinstance(place, dict):
         return f"{place['path']}@{place['revision']}" if place.get("revision") else place.get("path")
     return place

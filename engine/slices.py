@@ -43,8 +43,8 @@ class SlicedPlan(Plan):
     def inputs(self, task: TensorTask) -> list[tuple[Any, str]]:
         return self.parts[task.name].inputs(task)
 
-    def read_experts(self, task: TensorTask) -> list[Array | None]:
-        return self.parts[task.name].read_experts(task)
+    def read_experts(self, task: TensorTask, run: tuple[int, int] | None = None) -> list[Array | None]:
+        return self.parts[task.name].read_experts(task, run)
 
     def merge(self, task: TensorTask, base: Array, experts: Sequence[Array | None], out: Array) -> None:
         self.parts[task.name].merge(task, base, experts, out)

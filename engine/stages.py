@@ -22,11 +22,15 @@ class PlannedCheckpoint:
     is_planned = True
 
     def __init__(self, plan: Plan, label: str):
-        self.label, self.path, self.files = label, None, ()
+        self.label, self.labels, self.path, self.files = label, (label,), None, ()
         self.config = plan.base.config if plan.config is None else plan.config
         tensors = {task.name: TensorInfo(task.dtype, task.shape, 0, None) for task in plan.tasks}
         self.tensors = dict(sorted(tensors.items()))
         self.tied = {task.name: task.match.same_as for task in plan.tasks if task.match.same_as}
+
+    def nbytes_made(self, name: str) -> int:
+        """Bytes of memory that reading a tensor will take: none."""
+        return 0
 
 
 class StageFolder:

@@ -110,7 +110,7 @@ def write_card(
     licenses = {item.license for item in inputs}
     shared = len(licenses) == 1 and not licenses & {None, SEE_INPUTS}
     front: dict[str, object] = {
-        "base_model": list(dict.fromkeys(item.name.partition("@")[0] for item in inputs)),
+        "base_model": list(dict.fromkeys(name.partition("@")[0] for item in inputs for name in item.models)),
         "library_name": "transformers",
         "tags": ["merge", "freemerge"],
         **({"license": licenses.pop()} if shared else {"license": "other", "license_name": SEE_INPUTS}),

@@ -26,7 +26,7 @@ def download(name: str, revision: str | None, *, allow_pickle: bool) -> Path:
         ) from None
 
     def fetch(weights):
-        patterns = [*weights, *SIDE_FILES, "README.md"]
+        patterns = [*weights, *SIDE_FILES, "adapter_config.json", "README.md"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=list(IGNORED)))
 
     try:

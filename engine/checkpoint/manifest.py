@@ -27,23 +27,36 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class MergeInput:
-    """One input as card and manifest name it: `role` is base, expert, backbone, ...; `fingerprint` as of Checkpoint."""
+    """One input as card and manifest name it: `role` is base, expert, backbone, ...; `fingerprint` as of Checkpoint.
+
+    `label` is the model's without the adapters on it, whose labels are `adapters`.
+    """
 
     label: str
     role: str
     license: str | None
     fingerprint: Mapping[str, Mapping[str, object]]
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, role: str) -> "MergeInput":
-        return cls(checkpoint.label, role, checkpoint.license(), checkpoint.fingerprint())
+        label, *adapters = checkpoint.labels
+        return cls(label, role, checkpoint.license(), checkpoint.fingerprint(), tuple(adapters))
+
+    @property
+    def models(self) -> list[str]:
+        """The model and its adapters, without the directories of this machine: a hub name, or a path's last part."""
+        return [_public(label) for label in (self.label, *self.adapters)]
 
     @property
     def name(self) -> str:
-        """The label without the directories of this machine: the name on the hub, or the last component of a path."""
-        path = PurePath(self.label)
-        is_hub_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..", "~")
-        return self.label if is_hub_name else path.name or "input"
+        return "+".join(self.models)
+
+
+def _public(label: str) -> str:
+    path = PurePath(label)
+    is_hub_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..", "~")
+    return label if is_hub_name else path.name or "input"
 
 
 def backbone_fingerprint(checksums: Mapping[str, str]) -> str:

@@ -42,6 +42,14 @@ class MemoryCheckpoint:
         """The tensor as a read-only, contiguous array, or a contiguous tensor on its GPU."""
         return self._arrays[name]
 
+    def read_run(self, name: str, begin: int, end: int) -> Array:
+        """Elements [begin, end) of a tensor in order, [end - begin]."""
+        return self.read(name).reshape(-1)[begin:end]
+
+    def nbytes_made(self, name: str) -> int:
+        """Bytes of memory that reading a tensor takes: none."""
+        return 0
+
     def like_input(self, name: str, array: Array):
         """`array` as the kind that was given under `name`: itself, or a torch tensor that shares its memory."""
         return to_torch(array) if is_torch(self._given[name]) and not is_tensor(array) else array

@@ -9,27 +9,61 @@ import numpy as np
 
 from freemerge.checkpoint import files, mapping
 from freemerge.checkpoint.header import REMEDY, Malformed, TensorInfo, examine_header, few, shown
-from freemerge.checkpoint.source import Source, find_source
-from freemerge.errors import ChangedInputError, CheckpointError, listed
+from freemerge.checkpoint.source import Source, find_source, split_adapters
+from freemerge.errors import ChangedInputError, CheckpointError, InputError, gathered, listed
 
 
-def open_checkpoint(source: str | os.PathLike, *, allow_pickle: bool = False) -> "Checkpoint":
+def open_checkpoint(
+    source: str | os.PathLike, *, allow_pickle: bool = False, base: str | os.PathLike | None = None
+) -> "Checkpoint":
     """Open `source` and check all of its headers; no tensor is read.
 
     Args:
         source: a directory, a weight file, an index, or `org/name[@revision]` on the hub, asked only where there is no
-            such path.
+            such path; any of them with LoRA adapters on it, `model+adapter`; or an adapter alone, which goes on the
+            model its configuration names.
         allow_pickle: read pickled weights too, by torch's weights_only loader.
+        base: what an adapter alone goes on where its configuration names no model, or none that can be opened.
 
     Raises:
         CheckpointError: naming all that is wrong with it.
     """
-    found = find_source(source, allow_pickle=allow_pickle)
+    model, adapters = split_adapters(source)
+    found = find_source(model, allow_pickle=allow_pickle)
+    if found.adapter:
+        model, adapters = None, [model, *adapters]
+    if not adapters:
+        return _open(found)
+    from freemerge.checkpoint.adapted import AdaptedCheckpoint
+    from freemerge.checkpoint.adapter import Adapter
+
+    opened = [Adapter(_open(find_source(name, allow_pickle=allow_pickle, adapter=True))) for name in adapters]
+    if found.adapter:
+        return AdaptedCheckpoint(_open_base(opened[0], base, allow_pickle), opened)
+    return AdaptedCheckpoint(_open(found), opened)
+
+
+def _open(found: Source) -> "Checkpoint":
     if found.pickled:
         from freemerge.checkpoint.pickled import PickledCheckpoint
 
         return PickledCheckpoint(found)
     return Checkpoint(found)
+
+
+def _open_base(adapter, fallback: str | os.PathLike | None, allow_pickle: bool) -> "Checkpoint":
+    """The model of an adapter that came alone: the one it names, else the fallback."""
+    here, errors = os.path.realpath(adapter.checkpoint.path), []
+    for name in dict.fromkeys((adapter.base_name, fallback)):
+        if name is None or os.path.realpath(name) == here:
+            continue
+        try:
+            return open_checkpoint(name, allow_pickle=allow_pickle)
+        except InputError as error:
+            errors.append(error)
+    problem = f"{adapter.label}: a LoRA adapter, and the model it goes on is not known"
+    missing = CheckpointError(listed([problem], "Write MODEL+ADAPTER, the adapter with the model it was trained on."))
+    raise CheckpointError(gathered([missing, *errors]))
 
 
 class Checkpoint:
@@ -42,10 +76,12 @@ class Checkpoint:
         tensors: every tensor's TensorInfo by name, sorted.
         tied: name to the name whose memory it shares. Empty for safetensors files, which store such a tensor once.
         config: config.json, None if there is none.
+        labels: the label, and those of adapters on it, see adapted.AdaptedCheckpoint.
     """
 
     def __init__(self, source: Source):
         self.label, self.path, self.files = source.label, source.directory, source.files
+        self.labels = (self.label,)
         self.tied: dict[str, str] = {}
         problems: list[str] = []
         self.config = _collect(problems, files.read_config, self.path)
@@ -98,6 +134,14 @@ class Checkpoint:
         """The tensor in its shape and dtype: a read-only view of the mapped file, at any address; nothing is copied."""
         info = self.tensors[name]
         return np.ndarray(info.shape, info.dtype, buffer=self._map(info.file), offset=info.offset)
+
+    def read_run(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Elements [begin, end) of a tensor in order, [end - begin]."""
+        return self.read(name).reshape(-1)[begin:end]
+
+    def nbytes_made(self, name: str) -> int:
+        """Bytes of memory that reading a tensor takes: none."""
+        return 0
 
     def _map(self, file: Path) -> np.ndarray:
         with self._lock:

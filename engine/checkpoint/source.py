@@ -18,6 +18,7 @@ PREFERRED = (
     "diffusion_pytorch_model",
     "pytorch_model",
 )  # the names of whole models, where other files lie beside
+ADAPTER_REMEDY = "What follows '+' is an adapter's directory or hub name, as PEFT saves it."
 WANTED = "Give a directory, a weight file, or a hub name like org/name[@revision]."
 PICKLE_REMEDY = (
     "A pickled checkpoint can run code when it is read carelessly; torch's weights_only loader refuses all but "
@@ -36,17 +37,42 @@ class Source:
     weight_map: dict[str, str] | None
     pickled: bool
 
+    @property
+    def adapter(self) -> bool:
+        """Whether it is a LoRA adapter, as PEFT names it."""
+        return _stem(self.files[0].name) == ADAPTER
 
-def find_source(source: str | os.PathLike, *, allow_pickle: bool) -> Source:
-    """Raises CheckpointError where `source` is nothing, or where it could be several things."""
+
+def split_adapters(source: str | os.PathLike) -> tuple[str, list[str]]:
+    """The model and the adapters of `model+adapter+...`; a '+' within a path that exists is part of it."""
+    text, adapters = os.fspath(source), []
+    while not _exists(text) and "+" in text.strip("+"):
+        cuts = [cut.start() for cut in re.finditer(r"(?<=.)\+(?=.)", text)]
+        cut = next((cut for cut in reversed(cuts) if _exists(text[cut + 1 :])), cuts[-1])
+        text, adapters = text[:cut], [text[cut + 1 :], *adapters]
+    return text, adapters
+
+
+def _exists(text: str) -> bool:
+    return os.path.exists(os.path.expanduser(text))
+
+
+def find_source(source: str | os.PathLike, *, allow_pickle: bool, adapter: bool = False) -> Source:
+    """The weights that `source` means; those of a LoRA adapter where there is nothing else, or with `adapter`.
+
+    Raises CheckpointError where `source` is nothing, or where it could be several things.
+    """
     label, shown_as, path = os.fspath(source), os.fspath(source), Path(source)
     try:
         path = path.expanduser()
         if not path.exists():
             path = _from_hub(label, allow_pickle)
             shown_as = f"{label} ({path})"
-        weights = _in_directory(path, allow_pickle) if path.is_dir() else path
-        return _source(label, weights, allow_pickle)
+        weights = _in_directory(path, allow_pickle, adapter) if path.is_dir() else path
+        found = _source(label, weights, allow_pickle)
+        if adapter and not found.adapter:
+            raise Malformed(f"holds no {ADAPTER}.safetensors, the weights of a LoRA adapter", ADAPTER_REMEDY)
+        return found
     except Malformed as error:
         *problems, remedy = error.problems
     except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of nobody
@@ -63,7 +89,7 @@ def _from_hub(label: str, allow_pickle: bool) -> Path:
     return download(name, revision or None, allow_pickle=allow_pickle)
 
 
-def _in_directory(directory: Path, allow_pickle: bool) -> Path:
+def _in_directory(directory: Path, allow_pickle: bool, adapter: bool) -> Path:
     names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file() or entry.is_symlink())
     candidates = _whole_models(
         directory, [name for name in names if name.endswith((".safetensors", SUFFIXES[0]))], SUFFIXES[0]
@@ -78,7 +104,7 @@ def _in_directory(directory: Path, allow_pickle: bool) -> Path:
             "holds no weights",
             "Give a directory with model.safetensors or model.safetensors.index.json and its shards.",
         )
-    return directory / _choice(candidates)
+    return directory / _choice(candidates, adapter)
 
 
 def _whole_models(directory: Path, names: list[str], index_suffix: str) -> list[str]:
@@ -94,13 +120,9 @@ def _whole_models(directory: Path, names: list[str], index_suffix: str) -> list[
     return [name for name in names if name not in listed_files]
 
 
-def _choice(names: list[str]) -> str:
+def _choice(names: list[str], adapter: bool) -> str:
     adapters = [name for name in names if _stem(name) == ADAPTER]
-    names = [name for name in names if name not in adapters]
-    if not names:
-        raise Malformed(
-            f"holds {adapters[0]}, a LoRA adapter and not a whole model", "Merge the adapter into its base model first."
-        )
+    names = (adapters if adapter else [name for name in names if name not in adapters]) or names
     for stem in PREFERRED:
         preferred = [name for name in names if _stem(name) == stem]
         if preferred:

@@ -18,6 +18,7 @@ class CheckpointView:
     def __init__(self, checkpoint, places: Mapping[str, tuple[object, str]], config: dict | None = None):
         self._checkpoint, self._places = checkpoint, dict(sorted(places.items()))
         self.label, self.path, self.files = checkpoint.label, checkpoint.path, checkpoint.files
+        self.labels = checkpoint.labels
         self.is_planned = getattr(checkpoint, "is_planned", False)
         self.config = checkpoint.config if config is None else config
         self.tensors = {name: source.tensors[old] for name, (source, old) in self._places.items()}
@@ -28,6 +29,14 @@ class CheckpointView:
     def read(self, name: str) -> Array:
         source, old = self._places[name]
         return source.read(old)
+
+    def read_run(self, name: str, begin: int, end: int) -> Array:
+        source, old = self._places[name]
+        return source.read_run(old, begin, end)
+
+    def nbytes_made(self, name: str) -> int:
+        source, old = self._places[name]
+        return source.nbytes_made(old)
 
     def prefetch(self, name: str, begin: int = 0, end: int | None = None) -> None:
         source, old = self._places[name]

@@ -25,9 +25,9 @@ def command(
     method: str = typer.Option(
         None, "--method", "-m", help="Merge by flags: the method (freemerge methods lists them)."
     ),
-    base: str = typer.Option(None, "--base", "-b", help="The base model: folder, file or hub name."),
+    base: str = typer.Option(None, "--base", "-b", help="The base model: folder, file or hub name, or MODEL+ADAPTER."),
     expert: list[str] = typer.Option(
-        [], "--expert", "-e", metavar="[NAME=]MODEL", help="A fine-tuned model; repeat it."
+        [], "--expert", "-e", metavar="[NAME=]MODEL", help="A fine-tuned model, or a LoRA adapter; repeat it."
     ),
     parameter: list[str] = PARAMETER,
     out: str = typer.Option(None, "--out", "-o", help="The folder to write."),

@@ -123,7 +123,6 @@ def test_all_problems_are_said_at_once():
         "merge_method: unknown method 'tsak_arithmetic'; did you mean task_arithmetic?",
         "models[0]: unknown key 'paramters', did you mean parameters?",
         "models[1]: a mapping of names to values is expected, not 3",
-        "models[2].model: base+adapter: not yet: adapters (model+lora) come with a later release",
         "dtype: bfloat17 is no dtype to write, did you mean bfloat16?",
         "out_dtype: int64 is no dtype to write",
         "slices[0].sources: at least one is expected",
@@ -137,7 +136,7 @@ def test_all_problems_are_said_at_once():
         "docs/recipe.md",
     ]:
         assert expected in text
-    assert "15 problems, nothing was written" in text
+    assert "14 problems, nothing was written" in text
 
 
 def test_a_key_given_twice_is_refused():
@@ -167,8 +166,21 @@ def test_scientific_numbers_are_numbers():
 def test_a_model_may_be_a_mapping():
     content = {"merge_method": "linear", "models": [{"model": {"model": {"path": "org/a", "revision": "main"}}}]}
     assert load_recipe(content).experts[0].model == "org/a@main"
-    content["models"][0]["model"]["lora"] = {"path": "b"}
-    assert "not yet: lora" in problems_of(content)
+    content["models"][0]["model"]["lora"] = {"path": "b", "revision": "v1"}
+    assert load_recipe(content).experts[0].model == "org/a@main+b@v1"
+    content["models"][0]["model"]["override_architecture"] = "Llama"
+    assert "not yet: override_architecture" in problems_of(content)
+
+
+def test_an_expert_with_an_adapter_is_named_after_that():
+    models = [
+        {"model": "org/llama@main+runs/math"},
+        {"model": "llama+org/math@v1"},
+        {"model": "a+b/adapter_model.safetensors"},
+    ]
+    recipe = load_recipe({"merge_method": "linear", "models": models})
+    assert [expert.name for expert in recipe.experts] == ["math", "math-2", "b"]
+    assert load_recipe(recipe.to_yaml()) == recipe
 
 
 def test_the_tokenizer_comes_from_the_base_or_a_model():

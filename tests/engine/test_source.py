@@ -65,7 +65,7 @@ def test_a_directory_means_its_whole_model(folder, names, meant):
         (["README.md", "experts/a.safetensors"], "holds no weights"),
         (["a.safetensors", "b.safetensors"], "could mean any of a.safetensors, b.safetensors"),
         (["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"], "Fetch the index of these shards too"),
-        (["adapter_model.safetensors"], "a LoRA adapter and not a whole model"),
+        (["adapter_model.safetensors"], "adapter_config.json cannot be read"),
         (["pytorch_model.bin"], "only pickled weights (pytorch_model.bin)"),
         (["training_args.bin", "optimizer.pt", "rng_state_0.pth"], "holds no weights"),
     ],
