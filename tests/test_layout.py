@@ -25,7 +25,7 @@ LAYERS = [
     ["match", "plan", "slices", "stages"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
-    ["stream", "resident", "experts.from_model"],
+    ["stream", "resident", "experts.from_model", "experts.lora"],
     ["api"],
     ["session"],
     ["spectrum", "inspect", "info", "testing", "cli", "__main__"],

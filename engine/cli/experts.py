@@ -1,11 +1,12 @@
-"""freemerge experts: the sparse experts beside a merged model."""
+"""freemerge experts: the sparse experts beside a merged model, and fine-tunes as adapters."""
 
 from dataclasses import asdict
 
 import typer
 
 from freemerge.cli.arguments import PARAMETER, parse_parameters
-from freemerge.cli.output import print_json, print_table
+from freemerge.cli.output import print_json, print_table, progress_bar
+from freemerge.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, apply or extract the sparse experts of a merged model."
@@ -50,11 +51,15 @@ def apply_command(
 
 @app.command("extract")
 def extract_command(
-    merged: str = typer.Argument(..., help="A folder written by freemerge merge, by any method."),
+    merged: str = typer.Argument(..., help="A folder written by freemerge merge, by any method; with --lora the base."),
     model: str = typer.Argument(..., help="The fine-tuned model: folder, file or hub name."),
+    out: str = typer.Argument(None, metavar="[OUT]", help="With --lora: the folder to write the adapter to."),
+    lora: int = typer.Option(None, metavar="RANK", help="Write a PEFT LoRA adapter of this rank instead."),
+    leave_out: bool = typer.Option(False, "--leave-out", help="With --lora: do without changes no adapter can hold."),
+    as_json: bool = typer.Option(False, "--json", help="With --lora: print JSON."),
     name: str = typer.Option(None, help="What to call the expert [default: the last part of the model's path]."),
     parameter: list[str] = PARAMETER,
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an expert of this name."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an expert of this name, or OUT."),
     allow_pickle: bool = typer.Option(
         False, "--allow-pickle", help="Read .bin and .pt files too (torch, weights only)."
     ),
@@ -62,9 +67,32 @@ def extract_command(
 ) -> None:
     """Put one more expert beside a merged model: the sparse part of a fine-tuned model, cut out as free does.
 
-    Example: freemerge experts extract merged runs/law -p density=0.02
+    With --lora, write a LoRA adapter for PEFT: the truncated singular value decomposition of what fine-tuning changed.
+
+    freemerge experts extract merged runs/law -p density=0.02
+    freemerge experts extract --lora 16 llama runs/law law-lora
     """
+    options = {"overwrite": overwrite, "allow_pickle": allow_pickle, "fsync": not no_fsync}
+    if lora is not None:
+        if out is None or name is not None or parameter:
+            raise InputError("--lora takes BASE MODEL OUT, and neither --name nor -p; see --help")
+        _extract_adapter(merged, model, out, lora, leave_out, as_json, options)
+        return
+    if out is not None or leave_out or as_json:
+        raise InputError("OUT, --leave-out and --json go with --lora RANK; see --help")
     from freemerge.experts.from_model import extract_expert
 
-    options = {"name": name, "overwrite": overwrite, "allow_pickle": allow_pickle, "fsync": not no_fsync}
-    typer.echo(extract_expert(merged, model, **options, **parse_parameters(parameter)))
+    typer.echo(extract_expert(merged, model, name=name, **options, **parse_parameters(parameter)))
+
+
+def _extract_adapter(base: str, model: str, out: str, rank: int, leave_out: bool, as_json: bool, options: dict) -> None:
+    from freemerge.experts.lora import extract_adapter
+
+    with progress_bar("extracting", quiet=as_json) as progress:
+        rows = extract_adapter(base, model, out, rank=rank, leave_out=leave_out, progress=progress, **options)
+    tensors = [asdict(row) for row in rows]
+    if as_json:
+        print_json({"out": out, "rank": rank, "tensors": tensors})
+        return
+    print_table(tensors)
+    typer.echo(f"{out}: {model} as a LoRA adapter of rank {rank} on {base}")
