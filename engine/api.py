@@ -123,7 +123,8 @@ def merge(
     """
     start = time.perf_counter()
     stages = _stages(method_or_recipe, base, experts, dtype, parameters)
-    accelerators = devices.find(device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
+    used = [methods.get(stage.recipe.method) for stage in stages]
+    accelerators = devices.find_for(used, device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
     _check_recipes(stages, None if out is None else Path(out))
     with ExitStack() as stack:
         opened = _open_all(stages, allow_pickle, stack)
@@ -318,7 +319,7 @@ def merge_state_dicts(
     recipe = Recipe.from_flags(
         method, "base" if base is not None else None, {n: n for n in named}, parameters, dtype=dtype
     )
-    accelerators = devices.find(device)
+    accelerators = devices.find_for([methods.get(method)], device)
     open_dict = partial(MemoryCheckpoint, device=accelerators[0].device if accelerators else None)
     found = [open_dict(state_dict, name) for name, state_dict in named.items()]
     reference = open_dict(base, "base") if base is not None else found[0] if found else open_dict({}, "base")

@@ -8,11 +8,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from freemerge.accelerator import Accelerator
 from freemerge.errors import RecipeError, UnavailableError
 from freemerge.kernels import dispatch
+from freemerge.methods import Method
 
 PACKAGES = "pip install 'freemerge[gpu]'"
 
@@ -44,6 +46,25 @@ def find(device: str = "auto", max_gpu_memory: int | None = None) -> list[Accele
     if refused and device != "auto":
         raise UnavailableError(f"device {device}: {'; '.join(refused)}; `nvidia-smi` shows who uses it")
     return found
+
+
+def find_for(used: Sequence[Method], device: str = "auto", max_gpu_memory: int | None = None) -> list[Accelerator]:
+    """As `find`, for merges by these methods: "auto" is the CPU where an op of theirs has no GPU version.
+
+    Raises:
+        UnavailableError: a GPU is asked for by name and cannot be used, or not by these methods.
+        RecipeError: there is no such device.
+    """
+    lacking = {method.name: [op for op in sorted(method.ops) if not dispatch.has_gpu_version(op)] for method in used}
+    lacking = {name: ops for name, ops in lacking.items() if ops}
+    if not lacking or device == "cpu":
+        return find(device, max_gpu_memory)
+    if device == "auto":
+        return []
+    name, ops = next(iter(lacking.items()))
+    raise UnavailableError(
+        f"device {device}: {name} runs on the CPU only, {', '.join(ops)} has no GPU version; leave the device out"
+    )
 
 
 def _cuda(device: str, max_gpu_memory: int | None) -> tuple[list[Accelerator], list[str]]:

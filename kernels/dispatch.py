@@ -51,10 +51,22 @@ def implementation(op: str, array: Array) -> Callable | None:
 
 def gpu_tool(op: str) -> str:
     """What the GPU version of `op` is written in: "triton" or "cuda". Imports neither."""
+    folder = _gpu_folder(op)
+    if folder is None:
+        raise UnavailableError(f"{op} has no GPU version; pass NumPy arrays")
+    return folder
+
+
+def has_gpu_version(op: str) -> bool:
+    """Whether `op` is written for GPUs, on whatever machine this is."""
+    return _gpu_folder(op) is not None
+
+
+def _gpu_folder(op: str) -> str | None:
     for folder in GPU_FOLDERS:
         if importlib.util.find_spec(f"freemerge.kernels.{folder}.{op}"):
             return folder
-    raise UnavailableError(f"{op} has no GPU version; pass NumPy arrays")
+    return None
 
 
 def interpreted() -> bool:

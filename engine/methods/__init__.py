@@ -68,6 +68,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,11 @@ class Method:
     aliases: Mapping[str, str]
     parameters: Mapping[str, Parameter]
     module: types.ModuleType
+
+    @property
+    def ops(self) -> set[str]:
+        """The ops of freemerge.kernels it is made of, its own and those of the helpers it shares with others."""
+        return _ops(self.module)
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,17 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 @lru_cache(maxsize=1 << 14)  # a search asks the same of the same names for each of its merges
 def _found(name: str, patterns: tuple[str, ...]) -> bool:
     return _pattern(patterns).search(name) is not None
+
+
+def _ops(module: types.ModuleType) -> set[str]:
+    found = set()
+    for value in list(vars(module).values()):
+        package, _, owner = (getattr(value, "__module__", None) or "").rpartition(".")
+        if package == "freemerge.kernels" and owner == getattr(value, "__name__", None):
+            found.add(owner)
+        elif package == __name__ and owner.startswith("_") and owner != module.__name__.rpartition(".")[2]:
+            found |= _ops(sys.modules[f"{package}.{owner}"])
+    return found
 
 
 def _first_line(docstring: str | None) -> str:

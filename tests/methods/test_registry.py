@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from freemerge import methods
-from freemerge.errors import RecipeError
+from freemerge import devices, methods
+from freemerge.errors import RecipeError, UnavailableError
+from freemerge.kernels import dispatch
 
 
 def test_every_method_says_what_it_is():
@@ -76,3 +77,20 @@ def test_free_has_every_kind_of_parameter():
     assert [name for name, parameter in parameters.items() if parameter.per_expert] == ["weight"]
     assert set(methods.get("fr").parameters) < set(parameters)
     assert set(methods.get("free").variants) == {"vit8", "vit30", "roberta", "script", "llm"}
+
+
+def test_the_ops_of_a_method_are_known():
+    assert methods.get("task_arithmetic").ops == {"add_task_vectors"}
+    assert {"high_pass", "add_elected", "sparse_rows", "count_magnitudes"} <= methods.get("free").ops
+    assert {"add_masked", "magnitude_mask", "drop_mask"} <= methods.get("ties").ops
+
+
+def test_without_a_gpu_version_of_an_op_a_method_stays_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_gpu_version", lambda op: op != "add_masked")
+    monkeypatch.setattr(devices, "find", lambda device, max_gpu_memory: [device])
+    ties, mean = methods.get("ties"), methods.get("average")
+    assert devices.find_for([mean, ties], "auto") == []
+    assert devices.find_for([ties], "cpu") == ["cpu"]
+    assert devices.find_for([mean], "auto") == ["auto"]
+    with pytest.raises(UnavailableError, match="ties runs on the CPU only, add_masked has no GPU version"):
+        devices.find_for([ties], "cuda:0")
