@@ -5,12 +5,15 @@
 
 namespace py = pybind11;
 
+void bind_add_balanced(py::module_&);
 void bind_add_elected(py::module_&);
 void bind_add_masked(py::module_&);
 void bind_add_scaled_rows(py::module_&);
 void bind_add_task_vectors(py::module_&);
+void bind_add_trimmed(py::module_&);
 void bind_all_finite(py::module_&);
 void bind_apply_sparse_rows(py::module_&);
+void bind_count_digits(py::module_&);
 void bind_count_magnitudes(py::module_&);
 void bind_dot_products(py::module_&);
 void bind_drop_mask(py::module_&);
@@ -30,12 +33,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return freemerge::isa_name(); });
   m.def("threads", &freemerge::threads);
   m.def("set_threads", &freemerge::set_threads);
+  bind_add_balanced(m);
   bind_add_elected(m);
   bind_add_masked(m);
   bind_add_scaled_rows(m);
   bind_add_task_vectors(m);
+  bind_add_trimmed(m);
   bind_all_finite(m);
   bind_apply_sparse_rows(m);
+  bind_count_digits(m);
   bind_count_magnitudes(m);
   bind_dot_products(m);
   bind_drop_mask(m);

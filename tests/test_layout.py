@@ -91,10 +91,7 @@ def test_every_op_has_reference_compiled_version_test_and_benchmark(op):
 
 # The ops that run on the CPU alone until their GPU versions are written; methods made of them stay there
 # (devices.find_for)
-ON_THE_CPU_ONLY = {
-    *("add_masked", "add_scaled_rows", "dot_products", "drop_mask", "fusion_importance", "magnitude_mask"),
-    *("mask_statistics", "near_swap", "task_vector_variance"),
-}
+ON_THE_CPU_ONLY = {"add_balanced", "add_trimmed", "balance_scores", "count_digits", "sign_majority"}
 
 
 @pytest.mark.parametrize("op", sorted(ON_THE_CPU_ONLY))
