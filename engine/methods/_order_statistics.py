@@ -1,7 +1,8 @@
-"""Exact order statistics over all tensors of a model, by sweeps: in each, a digit of the magnitudes is counted.
+"""Exact order statistics over all tensors of a model, by sweeps: in each, a digit of the entries is counted.
 
-A float32 magnitude, as an integer of its bits, is ordered like the number. Its digits are found from the highest down:
-of all magnitudes that begin with the digits found so far, how many have which digit next? Nothing is sorted or kept.
+A float32, as the 32 bits of a key (kernels/count_digits.py), is ordered like the number. The digits of an order
+statistic are found from the highest down: of all entries that begin with the digits found so far, how many have which
+digit next? Nothing is sorted or kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,19 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from freemerge.kernels.array import Array, is_tensor
+from freemerge.kernels import count_digits as keys
+from freemerge.kernels.array import Array, is_tensor, task_vector
 from freemerge.methods._task_vectors import namespace
 
-DIGITS = (11, 10, 10)  # bits; with the sign 32
+DIGITS = (11, 11, 10)  # bits
 SWEEPS = len(DIGITS)
 
 
 @dataclass(frozen=True)
 class Search:
-    """For each of T vectors the leading digits of its rank-th smallest magnitude.
+    """For each of K order statistics of T vectors the leading digits of its key; the k-th is one of vector k % T.
 
     found: those digits, as the bits they are.
-    ranks: among the magnitudes that begin with them, from 1.
+    ranks: among the entries that begin with them, from 1, the smallest.
     digits: how many digits are found.
     """
 
@@ -31,30 +33,55 @@ class Search:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The magnitudes, when all digits are found."""
-        return tuple(np.array(self.found, np.int32).view(np.float32).tolist())
+        """The order statistics, when all digits are found."""
+        return tuple(map(keys.value_of, self.found))
 
 
-def count_digits(vector: Array, found: int, digits: int) -> np.ndarray:
-    """int64 [2**DIGITS[digits]]: how many magnitudes beginning with `found` have which digit next."""
-    xp, below = namespace(vector), sum(DIGITS[digits + 1 :])
-    bits = xp.abs(vector).reshape(-1).view(xp.int32)
-    width = DIGITS[digits]
-    chosen = (bits[(bits >> (below + width)) == found >> (below + width)] >> below) & ((1 << width) - 1)
-    counts = xp.bincount(chosen, minlength=1 << width)
-    return counts.cpu().numpy() if is_tensor(counts) else counts
+def count_digits(
+    base: Array | None, experts: Sequence[Array], search: Search | None = None, *, magnitudes: bool = True
+) -> np.ndarray:
+    """int64 [K, bins]: how many entries of the task vectors of one tensor have which digit next.
+
+    Before the first digit is found it does not matter what is looked for: [T, bins].
+
+    Args:
+        base: None where the experts are task vectors themselves.
+        magnitudes: of absolute values.
+    """
+    digits = search.digits if search else 0
+    found = search.found if digits else (0,) * len(experts)
+    counted: dict[tuple[int, int], np.ndarray] = {}
+    for k, start in enumerate(found):
+        t = k % len(experts)
+        if (t, start) not in counted:
+            counted[t, start] = _count(base, experts[t], start, digits, magnitudes)
+    return np.array([counted[k % len(experts), start] for k, start in enumerate(found)])
 
 
-def no_digits(count: int, digits: int) -> np.ndarray:
+def _count(base: Array | None, expert: Array, found: int, digits: int, magnitudes: bool) -> np.ndarray:
+    below, width = sum(DIGITS[digits + 1 :]), DIGITS[digits]
+    if not is_tensor(expert):
+        return keys.count_digits(base, expert, found, below, width, magnitudes=magnitudes)
+    # on a GPU magnitudes alone are asked for
+    bits = task_vector(base, expert).abs().reshape(-1).view(namespace(expert).int32)
+    if digits:
+        bits = bits[bits >> (below + width) == (found & 0x7FFFFFFF) >> (below + width)]
+    chosen = bits >> below & (1 << width) - 1
+    return (chosen if digits else chosen | 1 << (width - 1)).bincount(minlength=1 << width).cpu().numpy()
+
+
+def no_digits(count: int, search: Search | None = None) -> np.ndarray:
     """What counting the digits of `count` empty vectors gives."""
-    return np.zeros((count, 1 << DIGITS[digits]), np.int64)
+    digits = search.digits if search else 0
+    return np.zeros((len(search.found) if digits else count, 1 << DIGITS[digits]), np.int64)
 
 
 def narrowed(search: Search, counts: Iterable[np.ndarray]) -> Search:
-    """With one digit more; `counts` holds [T, bins] of every tensor."""
-    below = sum(DIGITS[search.digits + 1 :])
+    """With one digit more; `counts` holds the [K or T, bins] of every tensor."""
+    below, total = sum(DIGITS[search.digits + 1 :]), sum(counts)
     found, ranks = [], []
-    for start, rank, bins in zip(search.found, search.ranks, sum(counts), strict=True):
+    for k, (start, rank) in enumerate(zip(search.found, search.ranks, strict=True)):
+        bins = total[k % len(total)]
         up_to = np.cumsum(bins)
         digit = min(int(np.searchsorted(up_to, rank)), len(bins) - 1)  # of nothing at all: any
         found.append(start | digit << below)
@@ -63,5 +90,5 @@ def narrowed(search: Search, counts: Iterable[np.ndarray]) -> Search:
 
 
 def smallest(ranks: Sequence[int]) -> Search:
-    """The search for the rank-th smallest magnitude of each vector; rank 1 is the smallest."""
+    """The search for the rank-th smallest entry of each vector, in turn; rank 1 is the smallest."""
     return Search((0,) * len(ranks), tuple(ranks))

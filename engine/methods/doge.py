@@ -82,14 +82,9 @@ def measure_tensor(
     **_,
 ) -> np.ndarray:
     """[T, bins]: counts of a digit of the magnitudes."""
-    digits = settled.digits if settled else 0
     if not _is_merged(name, tuple(base.shape), include, exclude):
-        return _order_statistics.no_digits(len(experts), digits)
-    found = settled.found if settled else [0] * len(experts)
-    vectors = (task_vector(base, expert) for expert in experts)
-    return np.array(
-        [_order_statistics.count_digits(vector, start, digits) for vector, start in zip(vectors, found, strict=True)]
-    )
+        return _order_statistics.no_digits(len(experts), settled)
+    return _order_statistics.count_digits(base, experts, settled)
 
 
 def settle(

@@ -11,10 +11,10 @@ from freemerge.methods import _order_statistics as order_statistics
 numbers = st.floats(width=32, allow_nan=False)
 
 
-def search(tensors, rank):
+def search(tensors, rank, magnitudes=True):
     found = order_statistics.smallest([rank])
     for _ in range(order_statistics.SWEEPS):
-        counts = [order_statistics.count_digits(one, found.found[0], found.digits)[None] for one in tensors]
+        counts = [order_statistics.count_digits(None, [one], found, magnitudes=magnitudes) for one in tensors]
         found = order_statistics.narrowed(found, counts)
     return found.values[0]
 
@@ -34,11 +34,25 @@ def test_all_equal(value):
     assert {search(tensors, rank) for rank in (1, 9, 17)} == {np.float32(value)}
 
 
-def test_several_vectors_at_once():
+@settings(derandomize=True, deadline=None)
+@given(arrays(np.float32, st.integers(1, 50), elements=numbers), st.data())
+def test_of_signed_entries(values, data):
+    rank = data.draw(st.integers(1, len(values)))
+    assert search([values], rank, magnitudes=False) == np.partition(values, rank - 1)[rank - 1]
+
+
+def test_several_of_several_vectors_at_once():
     vectors = [np.arange(10, dtype=np.float32), -np.arange(0, 100, 10, dtype=np.float32)]
-    found = order_statistics.smallest([4, 7])
+    found = order_statistics.smallest([4, 7, 1, 10])
     for _ in range(order_statistics.SWEEPS):
-        counts = zip(vectors, found.found, strict=True)
-        counts = np.array([order_statistics.count_digits(v, start, found.digits) for v, start in counts])
-        found = order_statistics.narrowed(found, [counts, order_statistics.no_digits(2, found.digits)])
-    assert found.values == (3.0, 60.0)
+        counts = order_statistics.count_digits(None, vectors, found)
+        found = order_statistics.narrowed(found, [counts, order_statistics.no_digits(2, found)])
+    assert found.values == (3.0, 60.0, 0.0, 90.0)
+
+
+def test_the_first_digits_are_counted_before_it_is_known_what_is_looked_for():
+    vectors = [np.arange(10, dtype=np.float32), np.ones(10, np.float32)]
+    np.testing.assert_array_equal(
+        order_statistics.count_digits(None, vectors),
+        order_statistics.count_digits(None, vectors, order_statistics.smallest([1, 2, 3, 4]))[:2],
+    )
