@@ -1,0 +1,62 @@
+"""What the methods share that trim task vectors at thresholds over the model and elect signs: TIES of the papers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from freemerge.errors import RecipeError
+from freemerge.kernels.array import Array
+from freemerge.kernels.sign_majority import sign_majority
+from freemerge.methods import _order_statistics
+from freemerge.methods._order_statistics import Search
+
+SWEEPS = _order_statistics.SWEEPS + 1  # thresholds, then the majority sign
+
+
+@dataclass(frozen=True)
+class Trim:
+    """The smallest magnitude each task vector keeps, and the sign of sums of zero."""
+
+    floors: tuple[float, ...]
+    zeros: int
+
+
+def measure_trim(base: Array, experts: Sequence[Array], settled: Search | None) -> np.ndarray:
+    if settled is None or settled.digits < _order_statistics.SWEEPS:
+        return _order_statistics.count_digits(base, experts, settled)
+    return np.array(sign_majority(base, experts, settled.values))
+
+
+def measure_nothing(count: int, settled: Search | None) -> np.ndarray:
+    """What measuring a tensor that is left out gives."""
+    if settled is None or settled.digits < _order_statistics.SWEEPS:
+        return _order_statistics.no_digits(count, settled)
+    return np.array(0)
+
+
+def settle_trim(
+    statistics: Mapping[str, np.ndarray], settled: Search | None, density: float, mask_rate: float | None
+) -> Search | Trim:
+    if settled is None:
+        counts = sum(statistics.values()).sum(1)
+        settled = _order_statistics.smallest([_rank(int(n), density, mask_rate) for n in counts])
+    if settled.digits < _order_statistics.SWEEPS:
+        return _order_statistics.narrowed(settled, statistics.values())
+    return Trim(settled.values, int(np.sign(sum(map(int, statistics.values())))))
+
+
+def check_trim(density: float, mask_rate: float | None) -> None:
+    if not 0 <= density <= 1:
+        raise RecipeError(f"density is {density}; it is the share of the entries kept, from 0 to 1")
+    if mask_rate is not None and not 0 < mask_rate <= 1:
+        raise RecipeError(f"mask_rate is {mask_rate}; it is the share of the entries trimmed, above 0 and at most 1")
+
+
+def _rank(n: int, density: float, mask_rate: float | None) -> int:
+    """The smallest entry kept of n: its rank, from 1, the smallest."""
+    if mask_rate is None:
+        return max(1, n - int(n * density))  # one entry more than asked, as in the official code
+    if n and not int(n * mask_rate):
+        raise RecipeError(f"mask_rate {mask_rate} of {n} entries is none; choose a larger one, or density instead")
+    return max(1, int(n * mask_rate))
