@@ -34,23 +34,32 @@ struct Digit {
       for (std::size_t i = 0; i < n; ++i) out[i] = key_of(tile[i]);
   }
 
-  void count(const std::uint32_t* keys, std::size_t n, std::uint32_t* counts) const {
+  // Overwrites `keys`.
+  void count(std::uint32_t* keys, std::size_t n, std::uint32_t* counts) const {
+    if (below + width < 32) n = gather(keys, n);
     const std::uint32_t mask = (1u << width) - 1;
-    if (below + width == 32) {
-      for (std::size_t i = 0; i < n; ++i) ++counts[(keys[i] >> below & mask) * WAYS + i % WAYS];
-      return;
-    }
-    const int above = below + width;
-    const std::uint32_t begin = found >> above;
-    for (std::size_t i = 0; i < n; i += GROUP) {
-      const std::size_t end = std::min(n, i + GROUP);
-      if (end - i == GROUP && !any_begins(keys + i, above, begin)) continue;
-      for (std::size_t j = i; j < end; ++j)
-        if (keys[j] >> above == begin) ++counts[(keys[j] >> below & mask) * WAYS + j % WAYS];
-    }
+    for (std::size_t i = 0; i < n; ++i) keys[i] = (keys[i] >> below & mask) * WAYS + i % WAYS;
+    for (std::size_t i = 0; i < n; ++i) ++counts[keys[i]];
   }
 
  private:
+  // Brings the keys that begin with what is found to the front, in groups: most have none. Answers how many there are.
+  std::size_t gather(std::uint32_t* keys, std::size_t n) const {
+    const int above = below + width;
+    const std::uint32_t begin = found >> above;
+    std::size_t kept = 0;
+    for (std::size_t i = 0; i < n; i += GROUP) {
+      const std::size_t end = std::min(n, i + GROUP);
+      if (end - i == GROUP && !any_begins(keys + i, above, begin)) continue;
+      for (std::size_t j = i; j < end; ++j) {  // without a branch that would be guessed wrong
+        const std::uint32_t key = keys[j];
+        keys[kept] = key;
+        kept += key >> above == begin;
+      }
+    }
+    return kept;
+  }
+
   static bool any_begins(const std::uint32_t* keys, int above, std::uint32_t begin) {
     std::uint32_t hits = 0;
     for (std::size_t i = 0; i < GROUP; ++i) hits |= keys[i] >> above == begin;
