@@ -28,7 +28,7 @@ LAYERS = [
     ["stream", "resident", "experts.from_model", "experts.lora"],
     ["api"],
     ["session"],
-    ["spectrum", "inspect", "info", "testing", "cli", "__main__"],
+    ["spectrum", "inspect", "info", "reference", "testing", "cli", "__main__"],
 ]
 
 

@@ -10,7 +10,7 @@ from freemerge.cli.output import print_json, print_table
 def command(
     models: list[str] = typer.Argument(..., metavar="MODEL...", help="Folders, files or hub names."),
     base: str = typer.Option(None, "--base", "-b", help="The base: task vectors are model minus base."),
-    cutoff: float = typer.Option(0.7, help="Cutoff of the high-pass, a ratio (docs/methods.md)."),
+    cutoff: float = typer.Option(0.7, help="Cutoff of the high-pass, a ratio (docs/filter.md)."),
     radius_from: str = typer.Option("min", help="The side the cutoff is a ratio of: min, max or diagonal."),
     inner_ring: str = typer.Option("clean", help="clean or official."),
     spectrum: Path = typer.Option(None, help="Write a picture of the task vectors' spectra to this PNG file."),

@@ -10,6 +10,7 @@ from freemerge.cli.output import print_json, print_table
 def command(
     name: str = typer.Argument(None, metavar="NAME", help="A method; without it, all are listed."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    markdown: bool = typer.Option(False, "--markdown", help="Print the reference of all methods, docs/methods.md."),
 ) -> None:
     """List the merge methods, or describe one: parameters, defaults, variants, paper.
 
@@ -17,6 +18,11 @@ def command(
     """
     from freemerge import methods
 
+    if markdown:
+        from freemerge import reference
+
+        typer.echo(reference.page(), nl=False)
+        return
     if name is None:
         summaries = methods.summaries()
         if as_json:
@@ -45,21 +51,18 @@ def _described(method) -> dict:
     }
 
 
-def _base_needed(method) -> str:
-    if method.base_optional:
-        return "a base, if there is one, and"
-    return "a base and" if method.uses_base else "no base, only"
-
-
 def _print(method) -> None:
+    from freemerge import reference
+
     typer.echo(f"{method.name}: {method.summary}")
     typer.echo(f"source   {method.source}")
     typer.echo(f"scope    {method.scope}: {_SCOPES[method.scope]}")
-    typer.echo(f"needs    {_base_needed(method)} experts")
+    typer.echo(f"needs    {reference.needs(method)}")
     if method.writes_experts:
         typer.echo("writes   the merged backbone and one sparse expert for each model (freemerge experts)")
     for alias, parameter in method.aliases.items():
         typer.echo(f"alias    {alias}: {parameter}")
+    typer.echo(f"\n{reference.notes(method)}")
     typer.echo("\nparameters (-p name=value)")
     for parameter in method.parameters.values():
         typer.echo(f"  {parameter.name} = {_value(parameter.default)}   {_kind(parameter)}")

@@ -1,4 +1,14 @@
-"""AdaMerging: Task Arithmetic with a learnt coefficient between 0 and 1 for each expert, or expert and tensor."""
+"""AdaMerging: Task Arithmetic with a learnt coefficient between 0 and 1 for each expert, or expert and tensor.
+
+The coefficients are learnt elsewhere. Layer by layer they are given as
+
+    models:
+      - model: math
+        parameters:
+          weight: [{filter: layers.0., value: 0.27}, {filter: layers.1., value: 0.41}, {value: 0.3}]
+
+IntervMerge's arithmetic (arXiv:2412.17023) is the same.
+"""
 
 from collections.abc import Sequence
 

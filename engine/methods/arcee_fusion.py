@@ -1,4 +1,9 @@
-"""Arcee Fusion: the base, with the entries of the expert that matter far more than most."""
+"""Arcee Fusion: the base, with the entries of the expert that matter far more than most.
+
+One expert. mergekit computes the divergence in float32, where for the small changes of a fine-tune it is rounding
+noise, and takes the quartiles of tensors above a million entries from a random sample; here it is float64 and exact,
+so such tensors differ.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,8 @@
-"""DARE, the paper's: entries of the task vectors dropped at random, the rest divided by density, then merged."""
+"""DARE, the paper's: entries of the task vectors dropped at random, the rest divided by density, then merged.
+
+mergekit's `dare_linear` and `dare_ties` rescale by what was really dropped instead of dividing by the density. With
+the paper's TIES as second method it is `dare_ties_merging`.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,12 @@
-"""DOGE: Task Arithmetic whose task vectors share a shift, optimised so that they conflict less, and are trimmed."""
+"""DOGE: Task Arithmetic whose task vectors share a shift, optimised so that they conflict less, and are trimmed.
+
+The shift is one for all experts. No data is needed; every matrix is optimised alone.
+
+The variant `official` picks the matrices the official code does, those of a CLIP's vision encoder. Adam's first steps
+have the size of the learning rate however small the gradient: where that is rounding alone (float32 here and
+officially), the shift is known to 1e-3 of its largest entry. The model is read four times: three sweeps find the
+exact thresholds, without sorting or keeping anything.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

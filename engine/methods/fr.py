@@ -1,4 +1,10 @@
-"""FR-Merging: high-pass filter every task vector, sum them, add the sum to the base."""
+"""FR-Merging: high-pass filter every task vector, sum them, add the sum to the base.
+
+The filter F is linear, so without align and elect it is done once, on the sum, whatever the number of experts. Only
+matrices (2-D) are filtered; 1-D tensors, convolutions and 0-d tensors never are. What the filter removes depends on a
+matrix's shape far more than on the cutoff: see [filter.md](filter.md), also for the variants, which are those of the
+authors' code.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,26 @@
-"""FREE-Merging: an FR-merged backbone, and for each expert a small sparse part to put back when its task is run."""
+"""FREE-Merging: an FR-merged backbone, and for each expert a small sparse part to put back when its task is run.
+
+An expert is put into the backbone when its task is run (`freemerge experts apply`).
+
+The default is not in the authors' code but made of its pieces: with theta_m the backbone and R_t = theta_t - theta_m,
+E_t keeps the int(density * elements) entries of each tensor of R_t that are largest in magnitude, and with expert t
+the model is theta_m + mu_t E_t, where
+
+    mu_t = -log10(density) * ( sum |E_t| / (density * N) ) / ( sum |R_t| / N )
+
+over all N elements of the tensors it covers. mu is far above 1 (about 10 at 1 %) and still right: on a MiniLM encoder
+fine-tuned on six text tasks, the average accuracy was 79.5 for the individual models, 69.9 for the backbone alone,
+79.4 with these experts at 1 %, and 69.6 to 77.6 with the other choices of row, tensor, base and merged. At density 1
+the formula gives mu = 0: give rescale a number when keeping much. Where a recipe gives tensors different densities,
+the formula has that of the whole; selection and combine hold for the whole model.
+
+With rescale official, instead of sums over all elements mu has the mean over *tensors* of each tensor's mean, of every
+floating tensor merged or not; a single scalar such as a CLIP's logit_scale weighs as much as the largest matrix and
+can dominate it. It compares |E| with |F(tau)|.
+
+Row-wise selection keeps int(density * width) of each row: none where rows are short (width below 1/density), and a 0-d
+tensor entirely. The variants are explained in [filter.md](filter.md).
+"""
 
 from collections.abc import Sequence
 from typing import Literal

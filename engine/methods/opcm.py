@@ -1,4 +1,12 @@
-"""OPCM: experts one after the other, each only with what is orthogonal to the merge so far, at a constant norm."""
+"""OPCM: experts one after the other, each only with what is orthogonal to the merge so far, at a constant norm.
+
+The official code rescales the running model after every expert; that changes no direction, so here it is done once, at
+the end, and no intermediate model is rounded.
+
+The variant `official` never adds to parameters that lie beside modules (in a CLIP, the class embedding), as the
+official code does. The whole model is measured before the first tensor is merged, and as no running model is kept, the
+sums are formed twice.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,8 @@
-"""RAM+: as ram, and what one expert alone moves is amplified, the more of its entries others move too."""
+"""RAM+: as ram, and what one expert alone moves is amplified, the more of its entries others move too.
+
+What one expert alone moves is multiplied by 1 + r * min(alpha, shared / unique), by the numbers of entries of the
+tensor that this expert shares and has alone.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,9 @@
-"""TIES-Merging, the paper's: task vectors trimmed over the whole model, of the rest the entries of the elected sign."""
+"""TIES-Merging, the paper's: task vectors trimmed over the whole model, of the rest the entries of the elected sign.
+
+In mergekit's version, `ties`, the entries of each tensor compete. The variant `original` is the default, `mergelm` has
+the threshold at the int(mask_rate * d)-th smallest of d magnitudes. Three sweeps over the model find the exact
+thresholds, a digit of the magnitudes each, without sorting or keeping them, and one the majority sign.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal

@@ -1,7 +1,5 @@
 """fr: what is filtered, summed, copied; align, elect and the shapes nobody thinks of."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -168,10 +166,3 @@ def test_the_plan_says_what_happens():
     electing = plan(WEIGHT, (64, 48), experts=3, **defaults("fr", elect=True))
     assert electing.workspace - filtering.workspace == 3 * 64 * 48 * 4
     assert plan(BIAS, (64,), experts=3, **defaults("fr", bias_rule="first")).transform == "first expert, unfiltered"
-
-
-def test_the_document_names_every_parameter_and_variant():
-    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text("utf-8")
-    for name in methods.names():
-        method = methods.get(name)
-        assert all(f"`{word}`" in text for word in (*method.parameters, *method.variants)), name
