@@ -11,8 +11,8 @@ GROWTH = 1.2  # of the cost of a byte, from the cheapest point of a series to th
 @dataclass(frozen=True)
 class Bar:
     times_floor: float
-    peer: str
-    times_peer: float
+    peer: str | None = None
+    times_peer: float = 0.0
 
 
 BARS = {
@@ -21,6 +21,16 @@ BARS = {
     "fr": Bar(3, "official fr", 80),
     "fr_align": Bar(8, "official fr_align", 40),
     "free": Bar(7, "official free", 60),
+    "ties": Bar(5, "mergekit ties", 40),
+    "breadcrumbs_ties": Bar(5, "mergekit breadcrumbs_ties", 40),
+    "ties_merging": Bar(7),
+    "dare_ties": Bar(6, "mergekit dare_ties", 25),
+    "della": Bar(6, "mergekit della", 25),
+    "sce": Bar(4, "mergekit sce", 12),
+    "model_stock": Bar(4, "mergekit model_stock", 12),
+    "slerp": Bar(4, "mergekit slerp", 12),
+    "nuslerp": Bar(4, "mergekit nuslerp", 12),
+    "pcb": Bar(10),
 }
 
 

@@ -8,22 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+import expected
 import processes
+from merges import MERGES
 from synthetic import Checkpoints, read_shapes, read_tensor
 
-WEIGHT = 0.3
 SAMPLE = "model.layers.0.self_attn.k_proj.weight"
-
-# What `freemerge merge` is given, by the name under which it is reported
-METHODS = {
-    "task_arithmetic": ["task_arithmetic", f"scaling={WEIGHT}"],
-    "average": ["average"],
-    "fr": ["fr", "align=false"],
-    "fr_align": ["fr", "align=true"],
-    "free": ["free", "density=0.01"],
-}
-# mergekit's names of what both can do
-MERGEKIT_METHODS = {"task_arithmetic": "task_arithmetic", "average": "linear"}
 
 
 class WrongResult(Exception):
@@ -35,12 +25,14 @@ def default_freemerge() -> Path:
 
 
 def merge_command(freemerge: Path, name: str, model: Checkpoints, out: Path, *, fsync: bool = False) -> list:
-    method, *parameters = METHODS[name]
-    command = [freemerge, "merge", "--method", method, "--base", model.base]
-    for expert in model.experts:
+    merge = MERGES[name]
+    command = [freemerge, "merge", "--method", merge.method]
+    if merge.base:
+        command += ["--base", model.base]
+    for expert in experts_of(name, model):
         command += ["--expert", expert]
-    for parameter in parameters:
-        command += ["-p", parameter]
+    for parameter, value in merge.parameters.items():
+        command += ["-p", f"{parameter}={json.dumps(value)}"]
     return [*command, "-o", out, "--overwrite", "--quiet", *([] if fsync else ["--no-fsync"])]
 
 
@@ -50,17 +42,30 @@ def recipe_command(freemerge: Path, recipe: Path, out: Path) -> list:
 
 def mergekit_recipe(name: str, model: Checkpoints, directory: Path) -> Path:
     """A recipe that mergekit and freemerge both read. JSON, which is YAML."""
-    weight = WEIGHT if name == "task_arithmetic" else 1.0
+    merge, models = MERGES[name], list(experts_of(name, model))
+    if merge.method == "slerp":  # mergekit wants the base among the models
+        models = [model.base, *models]
     recipe = {
-        "merge_method": MERGEKIT_METHODS[name],
-        "models": [{"model": str(expert), "parameters": {"weight": weight}} for expert in model.experts],
+        "merge_method": merge.method,
+        "models": [{"model": str(path)} for path in models],
+        "parameters": dict(merge.parameters),
         "dtype": "bfloat16",
     }
-    if name == "task_arithmetic":
+    if merge.base:
         recipe["base_model"] = str(model.base)
     path = directory / f"{name}.yml"
     path.write_text(json.dumps(recipe, indent=2))
     return path
+
+
+def experts_of(name: str, model: Checkpoints) -> tuple[Path, ...]:
+    return model.experts[: MERGES[name].experts]
+
+
+def inputs_of(name: str, model: Checkpoints) -> list[Path]:
+    """The files that a merge has to read."""
+    directories = [*([model.base] if MERGES[name].base else []), *experts_of(name, model)]
+    return [directory / "model.safetensors" for directory in directories]
 
 
 def timed_merge(command: list, name: str, model: Checkpoints, out: Path) -> processes.Run:
@@ -87,14 +92,10 @@ def wrong(name: str, model: Checkpoints, out: Path) -> Iterator[str]:
         yield f"{len(shapes)} tensors instead of the {len(model.llama.tensors())} of the model, or of other shapes"
         return
     base, merged = read_tensor(model.base, SAMPLE), read_tensor(out, SAMPLE)
-    experts = [read_tensor(expert, SAMPLE) for expert in model.experts]
+    experts = [read_tensor(expert, SAMPLE) for expert in experts_of(name, model)]
     if not np.isfinite(merged).all() or (merged == base).all():
         yield f"{SAMPLE} is not finite, or is the base's"
-    if name in MERGEKIT_METHODS:
-        task_vectors = sum(expert - base for expert in experts)
-        expected = base + task_vectors * (WEIGHT if name == "task_arithmetic" else 1 / len(experts))
-        # Peers round to bfloat16 at every step: a few units of the largest magnitude involved.
-        if np.abs(merged - expected).max() > 2**-6 * np.abs(experts).max():
-            yield f"{SAMPLE} is not {name} of the inputs"
+    else:
+        yield from (f"{SAMPLE} {problem}" for problem in expected.disagreements(name, base, experts, merged))
     if name == "free" and len(list((out / "experts").glob("*.safetensors"))) != len(experts):
         yield "experts/ does not hold one file for each expert"

@@ -1,7 +1,8 @@
 """Whole merges against the floor (the time the bytes take to move), mergekit, and the official filter chain.
 
-    python benchmarks/compare.py                               everything: half an hour on 2 cores, 20 GB of disk
+    python benchmarks/compare.py                               everything: two hours on 2 cores, 20 GB of disk
     python benchmarks/compare.py --only fr,free --repeats 5    some rows
+    python benchmarks/compare.py --only ties,della,mergekit    some rows, of mergekit too
     python benchmarks/compare.py --size 0.25                   a model of a quarter of the size
 
 The floor and then a command, one at a time, warm page cache, in rounds over all commands; a result is the median of the
@@ -22,10 +23,11 @@ import peers
 import processes
 import results
 import synthetic
-from commands import MERGEKIT_METHODS, METHODS, default_freemerge, merge_command, mergekit_recipe, recipe_command
+from commands import default_freemerge, experts_of, merge_command, mergekit_recipe, recipe_command
+from merges import MERGES
 from session import Session, gigabytes, say
 
-PARTS = ("startup", *METHODS, "durable", "mergekit", "official", "growth")
+PARTS = ("startup", *MERGES, "durable", "mergekit", "official", "growth")
 DURABLE = ("task_arithmetic", "fr", "free")
 
 
@@ -42,6 +44,7 @@ def measure_startup(session: Session) -> None:
 def measure_merges(session: Session, model: synthetic.Checkpoints, names: list[str]) -> None:
     options = session.options
     mergekit = peers.install(options.data / "mergekit") if "mergekit" in options.only else None
+    peer_names = [name for name in names or MERGES if MERGES[name].mergekit] if mergekit else []
     durable = [name for name in names if name in DURABLE and "durable" in options.only]
     for number in range(options.repeats):
         say(f"round {number + 1} of {options.repeats}")
@@ -50,27 +53,27 @@ def measure_merges(session: Session, model: synthetic.Checkpoints, names: list[s
         for name in durable:
             command = merge_command(options.freemerge, name, model, session.out, fsync=True)
             session.time_merge(f"{name}, fsync", command, name, model, fsync=True)
-        for name in MERGEKIT_METHODS if mergekit and number < options.mergekit_repeats else ():
+        for name in peer_names if number < options.mergekit_repeats else ():
             command = peers.command(mergekit, mergekit_recipe(name, model, options.data), session.out)
             session.time_merge(f"mergekit {name}", command, name, model)
     mergekit_notes = f"mergekit {peers.VERSION}, the same recipe file, {' '.join(peers.OPTIONS)}"
     for name in names:
         keep_merge(session, name, name, model, "")
         keep_merge(session, f"{name}, fsync", name, model, "floor with fsync")
-    for name in MERGEKIT_METHODS:
+    for name in peer_names:
         keep_merge(session, f"mergekit {name}", name, model, mergekit_notes)
 
 
 def freemerge_command(options: argparse.Namespace, name: str, model: synthetic.Checkpoints, out: Path) -> list:
     """Where mergekit has the method, freemerge is given the very file that mergekit is given."""
-    if name in MERGEKIT_METHODS:
+    if MERGES[name].mergekit:
         return recipe_command(options.freemerge, mergekit_recipe(name, model, options.data), out)
     return merge_command(options.freemerge, name, model, out)
 
 
 def keep_merge(session: Session, what: str, name: str, model: synthetic.Checkpoints, notes: str) -> None:
-    moved = gigabytes(model, name)
-    session.keep(what, size=session.options.size, experts=len(model.experts), gigabytes=moved, notes=notes)
+    experts, moved = len(experts_of(name, model)), gigabytes(model, name)
+    session.keep(what, size=session.options.size, experts=experts, gigabytes=moved, notes=notes)
 
 
 def measure_official(session: Session, model: synthetic.Checkpoints) -> None:
@@ -138,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     options.data.mkdir(parents=True, exist_ok=True)
     session = Session(options)
-    names = [name for name in METHODS if name in options.only]
+    names = [name for name in MERGES if name in options.only]
     if "startup" in options.only:
         measure_startup(session)
     if names or {"mergekit", "official"} & set(options.only):

@@ -14,7 +14,7 @@ import machine
 import processes
 import results
 import synthetic
-from commands import WrongResult, empty_folder, timed_merge
+from commands import WrongResult, empty_folder, inputs_of, timed_merge
 
 
 @dataclass
@@ -39,12 +39,12 @@ class Session:
         needed = (len(model.directories) + 1) * model.bytes_each()
         if machine.memory("MemAvailable") < needed * 1.05:
             say(f"  warning: {needed / 1e9:.1f} GB do not fit into free memory: the page cache will not be warm")
-        time_floor(files(model, ""), self.out)
+        time_floor([directory / "model.safetensors" for directory in model.directories], self.out)
         return model
 
     def time_merge(self, what: str, command: list, name: str, model: synthetic.Checkpoints, *, fsync=False) -> None:
         """One repeat of the row `what`: the floor, then `command`, which makes the merge `name` of commands.py."""
-        floor = time_floor(files(model, name), self.out, fsync=fsync)
+        floor = time_floor(inputs_of(name, model), self.out, fsync=fsync)
         if self.attempt(what, lambda: timed_merge(command, name, model, self.out)):
             self.floors[what].append(floor)
             say(f"  {what}: {self.runs[what][-1].seconds:.2f} s, floor {floor:.2f} s")
@@ -112,12 +112,6 @@ def time_floor(inputs: list[Path], out: Path, *, fsync: bool = False) -> float:
     return seconds
 
 
-def files(model: synthetic.Checkpoints, name: str) -> list[Path]:
-    """The inputs that a merge has to read: an average needs no base."""
-    directories = model.experts if name == "average" else model.directories
-    return [directory / "model.safetensors" for directory in directories]
-
-
 def gigabytes(model: synthetic.Checkpoints, name: str) -> float:
     """Read and written, in units of 10^9 bytes; sparse experts and small files not counted."""
-    return (len(files(model, name)) + 1) * model.bytes_each() / 1e9
+    return (len(inputs_of(name, model)) + 1) * model.bytes_each() / 1e9

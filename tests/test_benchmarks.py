@@ -117,6 +117,45 @@ def test_a_command_that_writes_something_else_is_caught(compare, tmp_path):
     assert "is not finite, or is the base's" in latest
 
 
+FAMILY = [
+    "ties",
+    "breadcrumbs_ties",
+    "ties_merging",
+    "dare_ties",
+    "della",
+    "sce",
+    "model_stock",
+    "slerp",
+    "nuslerp",
+    "pcb",
+]
+
+
+def test_the_family_writes_what_plain_numpy_makes_of_it(compare, tmp_path):
+    code, rows, latest = run(compare, tmp_path, "--only", ",".join(FAMILY), "--repeats", "1")
+    assert code == 0, latest
+    assert set(rows) == set(FAMILY)
+    assert {name: rows[name]["experts"] for name in FAMILY if rows[name]["experts"] != "3"} == {
+        "slerp": "1",
+        "nuslerp": "2",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "model_stock"])  # for that, base is near enough
+def test_another_merge_is_not_taken_for_it(compare, tmp_path, name):
+    import expected
+    import synthetic
+
+    model = synthetic.make_checkpoints(tmp_path, synthetic.Llama(256, 256, 1, 256, 4, 4), experts=3)
+    tensor = "model.layers.0.mlp.up_proj.weight"
+    base, *experts = (synthetic.read_tensor(directory, tensor) for directory in model.directories)
+    experts = experts[: compare.MERGES[name].experts]
+    right = base + expected.EXPECTED[name](base, np.array(experts) - base)
+    assert not list(expected.disagreements(name, base, experts, right))
+    for wrong in (base + 0.2 * (right - base), experts[0] * 1.01, base + sum(experts) - len(experts) * base):
+        assert list(expected.disagreements(name, base, experts, wrong))
+
+
 def test_growth_has_a_row_for_every_point_and_a_verdict(compare, tmp_path, monkeypatch):
     import growth
 
@@ -234,4 +273,5 @@ def test_the_recipe_says_what_both_tools_do(compare, tmp_path):
     recipe = json.loads(commands.mergekit_recipe("task_arithmetic", model, tmp_path).read_text())
     assert recipe["merge_method"] == "task_arithmetic"
     assert recipe["base_model"] == str(model.base)
-    assert [entry["parameters"]["weight"] for entry in recipe["models"]] == [commands.WEIGHT] * 2
+    assert recipe["parameters"] == {"weight": 0.3}
+    assert [entry["model"] for entry in recipe["models"]] == list(map(str, model.experts))
