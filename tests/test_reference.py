@@ -1,9 +1,12 @@
 """docs/methods.md is what the methods say of themselves."""
 
+import contextlib
 import re
 from pathlib import Path
 
-from freemerge import methods, reference
+import pytest
+
+from freemerge import cli, methods, reference
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -40,3 +43,11 @@ def test_links_lead_to_pages_that_are_there():
     for path in DOCS.glob("*.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text("utf-8")):
             assert (DOCS / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize(("arguments", "first"), [([], "method "), (["--markdown"], "# Methods\n")])
+def test_the_command_lists_the_methods_or_prints_the_page(monkeypatch, capsys, arguments, first):
+    monkeypatch.setattr("sys.argv", ["freemerge", "methods", *arguments])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.startswith(first)
