@@ -23,8 +23,9 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
+# The files of tests are shared out among the cores.
 test: build
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 demo: build
 	$(BIN)/python examples/digits.py
@@ -45,7 +46,7 @@ gpu:
 check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -P -m pytest
+	$(MAKE) test
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) demo bench-data
