@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from freemerge.kernels import dispatch
 from freemerge.placement import check_together, lies_on_gpu
 from freemerge.plan import Plan, make_plan
 from freemerge.recipe import Recipe, load_recipe
+from freemerge.running_state import FOLDER, EarlierMerge, KeptState
 from freemerge.settings import insist_on
 from freemerge.sinks import DiskSink, MemorySink
 from freemerge.sizes import parse_size
@@ -79,6 +80,8 @@ def merge(
     max_memory: int | str = "2GiB",
     max_gpu_memory: int | str | None = None,
     shard_size: int | str = "5GB",
+    continue_from: str | os.PathLike | None = None,
+    keep_state: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -105,6 +108,10 @@ def merge(
         max_memory: bytes of anonymous memory to stay under; mapped files and CUDA's own do not count.
         max_gpu_memory: bytes to stay under on each GPU; 80 % of what is free there if not given.
         shard_size: bytes a shard of the result may have.
+        continue_from: output of an earlier merge by the same method, whose experts these are added to; for methods that
+            take experts one after the other (opcm) and from the same base. The result is what all at once would give.
+        keep_state: leave beside the result (`out`/state) what `continue_from` needs, 4 bytes for each element of a
+            merged tensor; done if not given, where the method can.
         resume: continue an interrupted merge of the same recipe into the same `out`.
         overwrite: replace an existing `out` when the new one is complete.
         allow_pickle: also read PyTorch .bin and .pt files, through torch's weights_only loader.
@@ -122,7 +129,8 @@ def merge(
         OutputError: the result could not be written; an existing `out` is as it was.
     """
     start = time.perf_counter()
-    stages = _stages(method_or_recipe, base, experts, dtype, parameters)
+    state = {"continue_from": continue_from and os.fspath(continue_from), "keep_state": keep_state}
+    stages = _stages(method_or_recipe, base, experts, dtype, parameters, state)
     used = [methods.get(stage.recipe.method) for stage in stages]
     accelerators = devices.find_for(used, device, None if max_gpu_memory is None else parse_size(max_gpu_memory))
     _check_recipes(stages, None if out is None else Path(out))
@@ -155,7 +163,11 @@ def _plan(recipe: Recipe, opened: Mapping[str, Any], *, run_by: tuple[str, ...],
     lay = plan_slices if recipe.slices else make_plan
     experts = [opened[expert.model] for expert in recipe.experts]
     plan = lay(recipe, method, opened[recipe.models[0]], experts, shard_size=shard_size)
-    return replace(plan, devices=run_by)
+    earlier = None
+    if recipe.continue_from is not None:
+        earlier = EarlierMerge(recipe.continue_from, method.name)
+        earlier.insist_on(plan)
+    return replace(plan, devices=run_by, earlier=earlier)
 
 
 def _plan_ahead(stages: Sequence[Stage], opened: Mapping[str, Any], plan_one: Callable) -> dict[str | None, Plan]:
@@ -188,7 +200,7 @@ def _run_stages(
             plan, place = plan_one(stage.recipe, known), folder.place(stage.name)
             fingerprint = plan.fingerprint
             if not folder.holds(stage.name, fingerprint):
-                run_one(plan, place, progress=progress and tell)
+                run_one(plan, place, progress=progress and tell, final=False)
                 folder.note(stage.name, fingerprint)
             known[stage.name] = stack.enter_context(open_checkpoint(place))
             known[stage.name].label = stage.name
@@ -209,6 +221,7 @@ class _Origin:
     def of_plan(cls, plan: Plan) -> "_Origin":
         text = plan.recipe.to_yaml()
         inputs = [MergeInput.of(plan.base, "base")] if plan.recipe.base is not None else []
+        inputs += plan.earlier.experts if plan.earlier else []
         inputs += [MergeInput.of(checkpoint, "expert") for checkpoint in plan.experts]
         return cls(text, yaml.safe_load(text), inputs)
 
@@ -230,19 +243,27 @@ def _run(
     fsync: bool,
     progress: Progress | None,
     origin: _Origin | None = None,
+    final: bool = True,
 ) -> None:
+    keeps_state = final and plan.keeps_state
     with WorkDir.open(out, fingerprint=plan.fingerprint, overwrite=overwrite, resume=resume, fsync=fsync) as work:
         try:
-            with CheckpointWriter(work.staging, plan.shards, fsync=fsync) as writer:
+            with (
+                CheckpointWriter(work.staging, plan.shards, fsync=fsync) as writer,
+                KeptState(work.staging / FOLDER, plan, fsync=fsync) if keeps_state else nullcontext() as kept,
+            ):
                 sink = DiskSink(work, writer)
                 extraction = _extraction_to_disk(plan, sink, work.staging / "experts", fsync)
                 sink.resume(extraction.holds if extraction else lambda name, record: True)
                 if extraction:
                     extraction.resume(sink.done)
-                Stream(plan, sink, extraction=extraction, progress=progress, **run).run()
-                for checkpoint in (plan.base, *plan.experts):
+                stream = Stream(replace(plan, kept=kept), sink, extraction=extraction, progress=progress, **run)
+                stream.run()
+                for checkpoint in plan.opened:
                     checkpoint.check_unchanged()
                 writer.finish()
+                if kept is not None:
+                    kept.finish(stream.plan)
             _write_side_files(plan, sink.records, work.staging, origin or _Origin.of_plan(plan))
         except InputError:
             work.discard()  # nothing in it can be resumed
@@ -353,12 +374,13 @@ def _out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
-def _stages(method_or_recipe, base, experts, dtype, parameters) -> tuple[Stage, ...]:
+def _stages(method_or_recipe, base, experts, dtype, parameters, state) -> tuple[Stage, ...]:
     said = os.fspath(method_or_recipe)
     if said in methods.names() or base is not None or experts:
-        return (Stage(None, Recipe.from_flags(said, base, experts, parameters, dtype=dtype)),)
-    if parameters or dtype:
-        return (Stage(None, load_recipe(method_or_recipe).overridden(parameters, dtype)),)
+        return (Stage(None, Recipe.from_flags(said, base, experts, parameters, dtype=dtype, **state)),)
+    state = {key: value for key, value in state.items() if value is not None}
+    if parameters or dtype or state:
+        return (Stage(None, replace(load_recipe(method_or_recipe).overridden(parameters, dtype), **state)),)
     return load_stages(method_or_recipe)
 
 
@@ -366,7 +388,8 @@ def _check_recipes(stages: Sequence[Stage], out: Path | None) -> None:
     """What can be said before any checkpoint is opened."""
     for stage in stages:
         insist_on(stage.recipe, methods.get(stage.recipe.method))
-    if out is not None and out.exists() and any(Path(m).exists() and out.samefile(m) for m in _parts(stages)):
+    used = [*_parts(stages), *(stage.recipe.continue_from for stage in stages if stage.recipe.continue_from)]
+    if out is not None and out.exists() and any(Path(m).exists() and out.samefile(m) for m in used):
         raise RecipeError(f"{out} is one of the inputs; choose another output directory")
 
 

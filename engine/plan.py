@@ -11,6 +11,7 @@ import numpy as np
 
 from freemerge import __version__
 from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
+from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.errors import CheckpointError, PlanError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.all_finite import all_finite
@@ -61,7 +62,8 @@ class Plan:
     """A checked merge, ready to run: `base` and `experts` are open, `shards` says where every byte goes.
 
     `devices` names what is to run it, for people; `settled` is what a method of model scope knows of the whole model,
-    once it has been measured.
+    once it has been measured; `earlier` and `kept` are the running state it continues from, and the one it leaves, if
+    any (running_state.py).
     """
 
     recipe: Recipe
@@ -73,6 +75,8 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     devices: tuple[str, ...] = ("cpu",)
     settled: Any = None
+    earlier: Any = None
+    kept: Any = None
 
     @property
     def bytes_in(self) -> int:
@@ -86,6 +90,16 @@ class Plan:
     @property
     def bytes_out(self) -> int:
         return sum(task.nbytes for task in self.tasks)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a result on disk has the running state beside it."""
+        return self.method.keeps_state and self.recipe.keep_state is not False and bool(self.measured)
+
+    @property
+    def bytes_state(self) -> int:
+        """What that state takes."""
+        return sum(task.size for task in self.measured) * 4 if self.keeps_state else 0
 
     @property
     def dtype(self) -> np.dtype | None:
@@ -105,6 +119,11 @@ class Plan:
     def config(self) -> dict[str, Any] | None:
         """The result's config.json where it is not the base's."""
         return None
+
+    @property
+    def opened(self) -> list:
+        """Every checkpoint that it reads."""
+        return [self.base, *self.experts, *([self.earlier.checkpoint] if self.earlier else [])]
 
     def inputs(self, task: TensorTask) -> list[tuple[Any, str]]:
         """What a tensor is made from: checkpoints and names in them."""
@@ -136,7 +155,8 @@ class Plan:
         """
         if task.settings is not None:
             used = base if self.uses_base else None
-            self.method.module.merge_tensor(used, experts, name=task.name, **task.settings, **self._known, out=out)
+            known = self._known | self._state(task, base)
+            self.method.module.merge_tensor(used, experts, name=task.name, **task.settings, **known, out=out)
         elif is_float(task.dtype):
             add_task_vectors(base, [], [], out=out)
         else:
@@ -149,16 +169,21 @@ class Plan:
             CheckpointError: the tensor holds NaN or Inf.
         """
         used = base if self.uses_base else None
-        found = self.method.module.measure_tensor(used, experts, name=task.name, **task.settings, **self._so_far)
+        state = self._state(task, base)
+        known = self._so_far | state
+        found = self.method.module.measure_tensor(used, experts, name=task.name, **task.settings, **known)
         if not np.isfinite(found).all():
             raise CheckpointError(listed([self.why_not_finite(task, base, experts)], "Mend the model."))
+        if self.kept is not None and is_tensor(base):
+            self.kept.array(task.name)[...] = placed_like(state["kept"], self.kept.array(task.name))
         return found
 
     def settle(self, statistics: Mapping[str, np.ndarray]) -> "Plan":
         """The plan after a sweep that measured the tensors `measured`."""
         first = self.measured[0]
         in_order = {task.name: statistics[task.name] for task in self.measured}
-        return replace(self, settled=self.method.module.settle(in_order, **first.settings, **self._so_far))
+        known = self._so_far | ({"earlier": self.earlier.facts} if self.earlier else {})
+        return replace(self, settled=self.method.module.settle(in_order, **first.settings, **known))
 
     @property
     def _known(self) -> dict[str, Any]:
@@ -167,6 +192,12 @@ class Plan:
     @property
     def _so_far(self) -> dict[str, Any]:
         return {} if self.settled is None else self._known
+
+    def _state(self, task: TensorTask, like: Array) -> dict[str, Any]:
+        """The arrays of a running state, where the others lie."""
+        known = {"earlier": self.earlier, "kept": self.kept}
+        arrays = {key: state.array(task.name) for key, state in known.items() if state is not None}
+        return {key: placed_like(array, like) for key, array in arrays.items()}
 
     def why_not_finite(self, task: TensorTask, base: Array, experts: Sequence[Array | None]) -> str:
         """What to say of a tensor with NaN or Inf in its result; arrays as for `merge`."""
@@ -179,7 +210,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that could change a byte of the result."""
-        inputs = [checkpoint.fingerprint() for checkpoint in (self.base, *self.experts)]
+        inputs = [checkpoint.fingerprint() for checkpoint in self.opened]
         tasks = [[t.name, list(t.shape), str(t.dtype), repr(t.settings)] for t in self.tasks]
         said = json.dumps([__version__, self.recipe.to_yaml(), inputs, tasks], sort_keys=True)
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
@@ -211,6 +242,7 @@ class Plan:
             "devices": list(self.devices),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
+            **({"bytes_state": self.bytes_state} if self.keeps_state else {}),
             "shards": [shard.filename for shard in self.shards],
             "largest_tensor": max((task.nbytes + task.workspace for task in self.tasks), default=0),
             "warnings": self.warnings,

@@ -71,6 +71,8 @@ class Recipe:
     out_dtype: np.dtype | None = None
     tokenizer_source: str = "base"  # or one of the models
     chat_template: str | None = None  # a Jinja text; None copies the tokenizer source's
+    continue_from: str | None = None  # the output of an earlier merge, whose experts these come after
+    keep_state: bool | None = None  # whether to leave what a later merge can continue from; None: if the method can
     slices: tuple[Slice, ...] = ()  # of layers, first to last
     _compiled: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # of settings.py
 
@@ -95,7 +97,7 @@ class Recipe:
             experts: paths or hub names, or a mapping of expert names to them.
             parameters: as in a recipe, and for a parameter each expert has its own of, also a mapping of expert names
                 to values, or a list with one number for each expert.
-            others: dtype, out_dtype, tokenizer_source, chat_template.
+            others: dtype, out_dtype, tokenizer_source, chat_template, continue_from, keep_state.
 
         Raises:
             RecipeError: with all problems found.
@@ -149,6 +151,8 @@ class Recipe:
             "out_dtype": self.out_dtype and self.out_dtype.name,
             "tokenizer_source": None if self.tokenizer_source == "base" else self.tokenizer_source,
             "chat_template": self.chat_template,
+            "continue_from": self.continue_from,
+            "keep_state": self.keep_state,
         }
         return yaml.dump(_drop_empty(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
@@ -227,6 +231,8 @@ def recipe_of(document: Document, problems: list[str]) -> Recipe:
         out_dtype=document.out_dtype,
         tokenizer_source=_tokenizer_source(document, problems),
         chat_template=document.chat_template,
+        continue_from=document.continue_from,
+        keep_state=document.keep_state,
     )
 
 
@@ -244,6 +250,8 @@ def _sliced(document: Document, problems: list[str]) -> Recipe:
         out_dtype=document.out_dtype,
         tokenizer_source=_tokenizer_source(document, problems),
         chat_template=document.chat_template,
+        continue_from=document.continue_from,
+        keep_state=document.keep_state,
         slices=tuple(slices),
     )
 

@@ -192,6 +192,8 @@ class Document(_Strict):
     tokenizer_source: Source = None
     tokenizer: Tokenizer | None = None
     chat_template: Annotated[str | None, AfterValidator(_chat_template)] = None
+    continue_from: str | None = None  # freemerge's additions, for methods that keep a state
+    keep_state: bool | None = None
     slices: list[OutputSlice] = []
     modules: Annotated[None, _refused("modules", "merge whole models, or slices")] = None
 

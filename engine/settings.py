@@ -91,7 +91,7 @@ def check_recipe(recipe: Recipe, method) -> list[str]:
     """Every problem of a recipe with its method, one sentence each; empty if there is none."""
     if recipe.slices:
         return _check_slices(recipe, method)
-    problems = []
+    problems = _check_state(recipe, method)
     if method.uses_base and not method.base_optional and recipe.base is None:
         problems.append(f"base_model: {method.name} merges differences from a base; say which model that is")
     if not recipe.experts:
@@ -102,8 +102,15 @@ def check_recipe(recipe: Recipe, method) -> list[str]:
     return problems or _check_shares(recipe, method)
 
 
+def _check_state(recipe: Recipe, method) -> list[str]:
+    if method.keeps_state:
+        return []
+    keys = [key for key in ("continue_from", "keep_state") if getattr(recipe, key)]
+    return [f"{key}: {method.name} merges all experts at once and keeps no state" for key in keys]
+
+
 def _check_slices(recipe: Recipe, method) -> list[str]:
-    problems = _check_all("parameters", recipe.parameters, method, shared=True)
+    problems = _check_state(recipe, method) + _check_all("parameters", recipe.parameters, method, shared=True)
     if method.writes_experts or method.scope == "model":
         problems.append(f"slices: {method.name} looks at whole models; give them as models")
     for k, piece in enumerate(recipe.slices):

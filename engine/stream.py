@@ -74,7 +74,7 @@ class Stream:
         for task in self.plan.tasks:
             if task.name in self.sink.done:
                 self.progress.add(task, 1.0)
-        if todo:
+        if todo or self.plan.kept:  # what a resumed run finds of a state is not checked but made again
             self._survey()
         self._run_threads(todo, [unit for task in todo if not task.match.same_as for unit in self._split(task)])
         for task in todo:

@@ -22,7 +22,7 @@ LAYERS = [
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["schema", "recipe", "documents", "settings", "accelerator", "devices"],
-    ["match", "plan", "slices", "stages"],
+    ["match", "plan", "slices", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model", "experts.lora"],

@@ -97,7 +97,7 @@ def write_manifest(
         "format": FORMAT,
         "versions": {"freemerge": __version__, "python": platform.python_version(), "numpy": np.__version__},
         "recipe": recipe,
-        "inputs": [_input_facts(item) for item in inputs],
+        "inputs": [input_facts(item) for item in inputs],
         "backbone": backbone_fingerprint(checksums),
         "tensors": dict(sorted(tensors.items())),
         "experts": {name: {"file": f"experts/{name}.safetensors", **facts} for name, facts in (experts or {}).items()},
@@ -158,7 +158,7 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _input_facts(item: MergeInput) -> dict:
+def input_facts(item: MergeInput) -> dict:
     # When a file was written says nothing about what is in it.
     files = {
         file: {key: value for key, value in facts.items() if key != "mtime_ns"}

@@ -39,6 +39,12 @@ def command(
     max_memory: str = typer.Option("2GiB", help="Host memory to stay under, mapped files not counted."),
     max_gpu_memory: str = typer.Option(None, help="Memory to use on each GPU [default: 80 % of what is free]."),
     shard_size: str = typer.Option("5GB", help="Most bytes in one file of the result."),
+    continue_from: str = typer.Option(
+        None, metavar="MERGED", help="Add the experts to an earlier merge (opcm): its output folder."
+    ),
+    keep_state: bool = typer.Option(
+        None, "--keep-state/--no-state", help="Leave what --continue-from needs beside the result [default: if it can]."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Continue an interrupted merge into the same folder."),
     overwrite: bool = typer.Option(
         False, "--overwrite", help="Replace what is in the folder, once the result is complete."
@@ -73,6 +79,8 @@ def command(
         "threads": threads,
         "max_memory": parse_size(max_memory, "--max-memory"),
         "max_gpu_memory": max_gpu_memory and parse_size(max_gpu_memory, "--max-gpu-memory"),
+        "continue_from": continue_from,
+        "keep_state": keep_state,
         "shard_size": parse_size(shard_size, "--shard-size"),
         "resume": resume,
         "overwrite": overwrite,

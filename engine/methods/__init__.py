@@ -39,6 +39,17 @@ A method of scope "model" is called before anything is merged, for every merged 
         After each sweep: what follows from the arrays of all tensors, by name; from the second sweep on with
         settled=..., of the sweep before. merge_tensor gets the last as settled=... It is the same on every device.
 
+A method of scope "model" that takes experts one after the other can keep a state (KEEPS_STATE), so that some can be
+added later (running_state.py). Its measure_tensor and merge_tensor also get, each None where there is none,
+
+    earlier     float32, like `base`: what measure_tensor kept of the experts before these
+    kept        float32, like `base`: where measure_tensor writes what it keeps, and merge_tensor finds it
+
+and its settle gets the numbers of the experts before, earlier=..., as they were answered by
+
+    state_facts(settled) -> dict
+        Numbers to keep beside the arrays, JSON-able.
+
 A method that writes experts (WRITES_EXPERTS; of scope "element" or "tensor") has these instead, in the order they are
 called. `expert` arrays are in their storage dtype, `merged` is the backbone's tensor in the dtype it is stored in.
 
@@ -107,6 +118,7 @@ class Method:
     uses_base: bool
     base_optional: bool
     writes_experts: bool
+    keeps_state: bool
     variants: Mapping[str, Mapping[str, Any]]
     aliases: Mapping[str, str]
     parameters: Mapping[str, Parameter]
@@ -168,6 +180,7 @@ def get(name: str) -> Method:
         uses_base=getattr(module, "USES_BASE", True),
         base_optional=getattr(module, "BASE_OPTIONAL", False),
         writes_experts=getattr(module, "WRITES_EXPERTS", False),
+        keeps_state=getattr(module, "KEEPS_STATE", False),
         variants=getattr(module, "VARIANTS", {}),
         aliases=getattr(module, "ALIASES", {}),
         parameters=_parameters(module.merge_tensor),
@@ -221,7 +234,7 @@ def _parameters(merge_tensor) -> dict[str, Parameter]:
     return {
         p.name: _parameter(p.name, p.default, annotations[p.name], helps.get(p.name, ""))
         for p in inspect.signature(merge_tensor).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "settled", "out")
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "settled", "earlier", "kept", "out")
     }
 
 

@@ -10,6 +10,7 @@ sums are formed twice.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from freemerge.methods._spectral import is_spectral, plan_spectrally
 from freemerge.methods._task_vectors import DENSE, add_update
 
 SCOPE = "model"
+KEEPS_STATE = True
 SOURCE = "Merging Models on the Fly, Tang et al. 2025, arXiv:2501.09522; METHODS.md section 9"
 EMBEDDINGS = ("embed", r"(^|\.)(wte|wpe|shared)\.")
 
@@ -36,7 +38,9 @@ def merge_tensor(
     alpha: float = 0.5,
     added: Patterns = EMBEDDINGS,
     rescaled: Patterns = (),
-    settled: tuple[float, float],
+    settled: "Settled",
+    earlier: Array | None = None,
+    kept: Array | None = None,
     out: Array,
 ) -> None:
     """Write base + Sigma * nbar / norm(Sigma), Sigma the sum of what each expert in turn adds to the ones before.
@@ -53,37 +57,57 @@ def merge_tensor(
             default embeddings.
         rescaled: tensors with one of these in their names keep the first expert's task vector, only rescaled.
     """
-    scale, rescaled_scale = settled
-    if matches(name, rescaled):
-        return add_update(base, task_vector(base, experts[0]), rescaled_scale, out=out)
-    *_, total = _sums(base, experts, name, alpha, added)
-    return add_update(base, total, scale, out=out)
+    total = kept
+    if total is None:
+        *_, total = _sums(base, experts, earlier, name, alpha, added, rescaled)
+    scale = settled.rescaled_scale if matches(name, rescaled) else settled.scale
+    add_update(base, total, scale, out=out)
 
 
 def measure_tensor(
-    base: Array, experts: Sequence[Array], *, name: str, alpha: float, added: Sequence[str], rescaled: Sequence[str]
+    base: Array,
+    experts: Sequence[Array],
+    *,
+    name: str,
+    alpha: float,
+    added: Sequence[str],
+    rescaled: Sequence[str],
+    earlier: Array | None = None,
+    kept: Array | None = None,
 ) -> np.ndarray:
-    """[3, T]: squared norms of the task vectors; of the sum after each expert; of a rescaled tensor."""
+    """[3, T]: squared norms of the task vectors; of the sum after each expert; of a rescaled tensor, instead."""
     own = np.array(task_vector_statistics(base, experts).sum_squares.tolist())
-    if matches(name, rescaled):
-        return np.array([own, own * 0, own])
-    sums = [
-        float(task_vector_statistics(None, [total]).sum_squares[0])
-        for total in _sums(base, experts, name, alpha, added)
-    ]
-    return np.array([own, sums, own * 0])
+    squares = np.zeros(len(experts))
+    for t, total in enumerate(_sums(base, experts, earlier, name, alpha, added, rescaled)):
+        squares[t] = task_vector_statistics(None, [total]).sum_squares[0]
+    if kept is not None:
+        kept[...] = total
+    none = np.zeros_like(squares)
+    return np.array([own, none, squares] if matches(name, rescaled) else [own, squares, none])
 
 
-def settle(statistics: Mapping[str, np.ndarray], **_) -> tuple[float, float]:
-    """What the sum, and what the first task vector of a rescaled tensor, is multiplied by."""
-    own, sums, rescaled = np.array(list(statistics.values())).sum(0)
-    norms = np.sqrt(own)
-    scale = rescaled_scale = 1.0
-    for t in range(1, len(norms)):
-        norm = math.sqrt(sums[t] + rescaled[0] * rescaled_scale**2)
-        scale = float(norms[: t + 1].mean()) / norm if norm else 1.0
-        rescaled_scale *= scale
-    return scale, rescaled_scale
+class Settled(NamedTuple):
+    """What the sum, and what the first task vector of a rescaled tensor, is multiplied by; the norms of all experts."""
+
+    scale: float
+    rescaled_scale: float
+    norms: list[float]
+
+
+def settle(statistics: Mapping[str, np.ndarray], *, earlier: Mapping[str, Any] | None = None, **_) -> Settled:
+    """`earlier`, if any, is what `state_facts` said of the experts before."""
+    scale, rescaled_scale, norms = 1.0, *((earlier["rescaled_scale"], list(earlier["norms"])) if earlier else (1.0, []))
+    for own, sums, rescaled in sum(statistics.values()).T.tolist():
+        norms.append(math.sqrt(own))
+        if len(norms) > 1:
+            norm = math.sqrt(sums + rescaled * rescaled_scale**2)
+            scale = float(np.mean(norms)) / norm if norm else 1.0
+            rescaled_scale *= scale
+    return Settled(scale, rescaled_scale, norms)
+
+
+def state_facts(settled: Settled) -> dict[str, Any]:
+    return {"norms": settled.norms, "rescaled_scale": settled.rescaled_scale}
 
 
 def plan_tensor(
@@ -97,13 +121,23 @@ def plan_tensor(
     return planned if is_spectral(name, shape, added) else TensorPlan("merge", "sum", 2 * DENSE * math.prod(shape))
 
 
-def _sums(base: Array, experts: Sequence[Array], name: str, alpha: float, added: Sequence[str]) -> Iterator[Array]:
-    """The sum after each expert, float32: one array that grows."""
-    total = task_vector(base, experts[0])
-    yield total
-    for expert in experts[1:]:
-        vector = task_vector(base, expert)
-        if is_spectral(name, tuple(base.shape), added):
-            remove_overlap(vector, triplets(total, min(base.shape)), alpha)
-        total += vector
+def _sums(
+    base: Array,
+    experts: Sequence[Array],
+    earlier: Array | None,
+    name: str,
+    alpha: float,
+    added: Sequence[str],
+    rescaled: Sequence[str],
+) -> Iterator[Array]:
+    """The running sum after each expert, one and the same array; `earlier` is that of the experts before."""
+    total = task_vector(base, experts[0]) if earlier is None else task_vector(None, earlier)
+    if earlier is None:
+        yield total
+    for expert in experts[earlier is None :]:
+        if not matches(name, rescaled):
+            vector = task_vector(base, expert)
+            if is_spectral(name, tuple(base.shape), added):
+                remove_overlap(vector, triplets(total, min(base.shape)), alpha)
+            total += vector
         yield total

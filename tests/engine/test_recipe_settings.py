@@ -28,6 +28,7 @@ METHOD = types.SimpleNamespace(
     name="toy",
     uses_base=True,
     base_optional=False,
+    keeps_state=False,
     variants={"vit8": {"scaling": 0.7, "density": 0.01, "radius_from": "max"}, "llm": {"scaling": 1.1}},
     aliases={"lambda": "scaling"},
     parameters={p.name: p for p in PARAMETERS},
