@@ -6,6 +6,7 @@
 // Each access to shared memory is announced to the emulator, which looks for races and for reads of what nobody wrote.
 #define SHARED_READ(address)
 #define SHARED_WRITE(address)
+#define SHARED_COUNT(address) atomicAdd(address, 1u)
 
 __device__ inline float float_of_half(unsigned short bits) {
   float value;

@@ -12,13 +12,12 @@ from freemerge.kernels._high_pass_gpu_plan import SHARED_MEMORY, HighPassGpuPlan
 from freemerge.kernels._high_pass_plan import InnerRing, RadiusFrom, column_bounds, column_kinds
 from freemerge.kernels.array import task_vector
 from freemerge.kernels.cuda import _compile
+from freemerge.kernels.cuda._elements import ELEMENTS, exact
 from freemerge.kernels.cuda._transform import Transform, transform
-from freemerge.kernels.triton._convert import FLOAT8
 from freemerge.kernels.triton._low_pass import analyse, synthesise
 
 Mask = tuple[float, RadiusFrom, InnerRing]
 
-ELEMENTS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 CUFFT_BYTES = 256 << 20  # of columns handed to cuFFT at once: it takes as much again, and more for awkward lengths
 
 
@@ -61,11 +60,6 @@ class Sum:
     def in_torch(self) -> torch.Tensor:
         task_vectors = (task_vector(self.base, expert) for expert in self.experts)
         return reduce(add, map(mul, self.weights, task_vectors))
-
-
-def exact(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """float8 as bfloat16, which holds all its numbers; everything else as it is."""
-    return tensor.to(torch.bfloat16) if tensor is not None and tensor.dtype in FLOAT8 else tensor
 
 
 def of_one_dtype(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

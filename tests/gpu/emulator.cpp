@@ -1,6 +1,7 @@
 // Runs the threads of a block as fibers on one CPU: a barrier hands over to the next, so that between two barriers threads run
 // one after another, in the order the test asks for. Shared memory is watched: an access outside of it, a read of what no thread
-// wrote, and two accesses of different threads to one word with no barrier between them, one of them a write, are faults.
+// wrote, and two accesses of different threads to one word with no barrier between them, one of them a write, are faults; atomic
+// additions are none among themselves.
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -12,7 +13,7 @@
 struct Index {
   unsigned x, y, z;
 };
-Index threadIdx, blockIdx;
+Index threadIdx, blockIdx, gridDim;
 void* emulator_shared_memory;
 
 namespace {
@@ -21,7 +22,7 @@ constexpr std::size_t STACK = 128 << 10, GUARD = 64 << 10, MOST_THREADS = 1024;
 
 struct Word {
   long written = -1, read = -1;   // at which barrier
-  int writer = -1, reader = -1;   // SEVERAL: more than one thread has read it since
+  int writer = -1, reader = -1;   // SEVERAL: more than one thread has read it since, or added to it atomically
 };
 constexpr int SEVERAL = -2;
 
@@ -90,16 +91,17 @@ void emulator_barrier(int line) {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-void emulator_access(const void* address, std::size_t bytes, bool write) {
+void emulator_access(const void* address, std::size_t bytes, bool write, bool atomic) {
+  const int who = atomic ? SEVERAL : current;
   const std::size_t offset = static_cast<const char*>(address) - static_cast<char*>(emulator_shared_memory);
   if (offset / 4 + bytes / 4 > words.size()) return complain("access outside", offset);
   for (std::size_t i = offset / 4; i < (offset + bytes) / 4; ++i) {
     Word& word = words[i];
-    if (!write && word.written < first_barrier) complain("read of what nobody wrote", 4 * i);
-    if (word.written == barrier && word.writer != current) complain(write ? "two threads write" : "a race: written and read", 4 * i);
+    if ((!write || atomic) && word.written < first_barrier) complain("read of what nobody wrote", 4 * i);
+    if (word.written == barrier && word.writer != who) complain(write ? "two threads write" : "a race: written and read", 4 * i);
     if (write) {
       if (word.read == barrier && word.reader != current) complain("a race: read and written", 4 * i);
-      word.written = barrier, word.writer = current;
+      word.written = barrier, word.writer = who;
     } else {
       word.reader = word.read == barrier && word.reader != current ? SEVERAL : current;
       word.read = barrier;
@@ -113,6 +115,7 @@ extern "C" const char* emulator_run(void (*call)(void**), void** arguments, unsi
   if (!stacks)
     stacks = static_cast<char*>(mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   kernel = call, kernel_arguments = arguments, fault[0] = 0;
+  gridDim = {grid_x, grid_y, 1};
   memory.assign(shared_bytes + 2 * GUARD, -1);   // NaN
   words.assign(shared_bytes / 4, Word());
   emulator_shared_memory = memory.data() + GUARD;

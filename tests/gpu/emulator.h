@@ -8,8 +8,9 @@
 #define __launch_bounds__(...)
 #define __syncthreads() emulator_barrier(__LINE__)
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulator_shared_memory)
-#define SHARED_READ(address) emulator_access(address, sizeof *(address), false)
-#define SHARED_WRITE(address) emulator_access(address, sizeof *(address), true)
+#define SHARED_READ(address) emulator_access(address, sizeof *(address), false, false)
+#define SHARED_WRITE(address) emulator_access(address, sizeof *(address), true, false)
+#define SHARED_COUNT(address) emulator_count(address)
 
 struct float2 {
   float x, y;
@@ -25,10 +26,16 @@ struct Index {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
-extern Index threadIdx, blockIdx;
+extern Index threadIdx, blockIdx, gridDim;
 extern void* emulator_shared_memory;
 void emulator_barrier(int line);
-void emulator_access(const void* address, unsigned long bytes, bool write);
+void emulator_access(const void* address, unsigned long bytes, bool write, bool atomic);
+
+inline void emulator_count(unsigned* address) {
+  emulator_access(address, sizeof *address, true, true);
+  ++*address;
+}
+inline void atomicAdd(unsigned long long* address, unsigned long long value) { *address += value; }
 
 template <class To, class From>
 To emulator_bits(From value) {
