@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from freemerge.errors import ShapeError
-from freemerge.kernels.array import Array, dtype_of, task_vector
+from freemerge.kernels.array import Array, dtype_of, numel, task_vector
 from freemerge.kernels.checks import check_count, check_float, check_like
 from freemerge.kernels.dispatch import implementation
 
@@ -42,8 +42,9 @@ def balance_scores(
     for name, values in (("lows", lows), ("highs", highs)):
         check_count(name, values, len(experts), "experts")
     check_float("out", out)
-    if dtype_of(out) != np.float32 or tuple(out.shape) != (len(experts), base.size):
-        raise ShapeError(f"out is {out.dtype} {list(out.shape)}; scores are float32 {[len(experts), base.size]}")
+    shape = (len(experts), numel(base))
+    if dtype_of(out) != np.float32 or tuple(out.shape) != shape:
+        raise ShapeError(f"out is {out.dtype} {list(out.shape)}; scores are float32 {list(shape)}")
     run = implementation("balance_scores", base) or balance_scores_reference
     run(base, experts, lows, highs, normalized, out)
 
@@ -64,8 +65,8 @@ def scored(
 
 def inverse_of(low: float, high: float) -> np.float32:
     """1 / (high - low) in float32; 0 where they are equal."""
-    width = np.float32(high) - np.float32(low)
-    return np.float32(1) / width if width else np.float32(0)
+    low, high = np.float32(low), np.float32(high)
+    return np.float32(0) if low == high else np.float32(1) / (high - low)
 
 
 def balance_scores_reference(
