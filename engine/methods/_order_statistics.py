@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from freemerge.kernels import count_digits as keys
-from freemerge.kernels.array import Array, is_tensor, task_vector
+from freemerge.kernels.array import Array, is_tensor
 from freemerge.methods._task_vectors import namespace
 
 DIGITS = (11, 11, 10)  # bits
@@ -50,24 +50,16 @@ def count_digits(
     """
     digits = search.digits if search else 0
     found = search.found if digits else (0,) * len(experts)
-    counted: dict[tuple[int, int], np.ndarray] = {}
+    below, width = sum(DIGITS[digits + 1 :]), DIGITS[digits]
+    counted: dict[tuple[int, int], Array] = {}
     for k, start in enumerate(found):
         t = k % len(experts)
         if (t, start) not in counted:
-            counted[t, start] = _count(base, experts[t], start, digits, magnitudes)
-    return np.array([counted[k % len(experts), start] for k, start in enumerate(found)])
-
-
-def _count(base: Array | None, expert: Array, found: int, digits: int, magnitudes: bool) -> np.ndarray:
-    below, width = sum(DIGITS[digits + 1 :]), DIGITS[digits]
-    if not is_tensor(expert):
-        return keys.count_digits(base, expert, found, below, width, magnitudes=magnitudes)
-    # on a GPU magnitudes alone are asked for
-    bits = task_vector(base, expert).abs().reshape(-1).view(namespace(expert).int32)
-    if digits:
-        bits = bits[bits >> (below + width) == (found & 0x7FFFFFFF) >> (below + width)]
-    chosen = bits >> below & (1 << width) - 1
-    return (chosen if digits else chosen | 1 << (width - 1)).bincount(minlength=1 << width).cpu().numpy()
+            counted[t, start] = keys.count_digits(base, experts[t], start, below, width, magnitudes=magnitudes)
+    counts = [counted[k % len(experts), start] for k, start in enumerate(found)]
+    if counts and is_tensor(counts[0]):
+        return namespace(counts[0]).stack(counts).cpu().numpy()  # waits for the GPU once
+    return np.array(counts)
 
 
 def no_digits(count: int, search: Search | None = None) -> np.ndarray:

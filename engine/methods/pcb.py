@@ -16,7 +16,7 @@ import numpy as np
 from freemerge.errors import RecipeError
 from freemerge.kernels.add_balanced import add_balanced
 from freemerge.kernels.add_task_vectors import add_task_vectors
-from freemerge.kernels.array import Array, empty, numel
+from freemerge.kernels.array import Array, empty, is_tensor, numel
 from freemerge.kernels.balance_scores import balance_scores
 from freemerge.methods import Patterns, PerExpert, TensorPlan, _order_statistics, matches
 from freemerge.methods._coefficients import per_expert
@@ -25,7 +25,7 @@ from freemerge.methods._task_vectors import DENSE
 
 SCOPE = "model"
 SWEEPS = 2 * _order_statistics.SWEEPS  # over the magnitudes, over the scores
-RUN = 1 << 18  # entries whose scores are held at a time
+RUN, RUN_ON_GPU = 1 << 18, 1 << 20  # entries whose scores are held at a time: they stay in a cache, or fill a GPU
 SOURCE = "Du et al. 2024, arXiv:2410.02396, code duguodong7/pcb-merging; METHODS.md section 6"
 ALIASES = {"lambda": "scaling", "ratio": "density"}
 VARIANTS = {
@@ -136,16 +136,17 @@ def plan_tensor(
         raise RecipeError(f"clamp is {clamp}; it is cut off at both ends: give a share below 0.5")
     if matches(name, exclude):
         return TensorPlan("copy", elementwise=True)
-    held = experts * DENSE * min(RUN, math.prod(shape))
+    held = experts * DENSE * min(RUN_ON_GPU, math.prod(shape))
     return TensorPlan("merge", "clip and balance over the model", held, elementwise=True)
 
 
 def _scores(base: Array, experts: Sequence[Array], settled: Settled, agreement: str) -> Iterator[Array]:
     """The scores of one run of entries after the other, [T, n]."""
     base, *experts = (array.reshape(-1) for array in (base, *experts))
-    room = empty((len(experts) * min(RUN, numel(base)),), np.dtype(np.float32), base)
-    for start in range(0, numel(base), RUN):
-        run = slice(start, min(start + RUN, numel(base)))
+    size, most = numel(base), RUN_ON_GPU if is_tensor(base) else RUN
+    room = empty((len(experts) * min(most, size),), np.dtype(np.float32), base)
+    for start in range(0, size, most):
+        run = slice(start, min(start + most, size))
         scores = room[: len(experts) * (run.stop - run.start)].reshape(len(experts), -1)
         ours = [expert[run] for expert in experts]
         balance_scores(base[run], ours, *settled.clips, normalized=agreement == "normalized", out=scores)

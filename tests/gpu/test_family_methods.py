@@ -1,4 +1,4 @@
-"""mergekit's family of methods with the real kernels, as on the CPU."""
+"""mergekit's family of methods, and the papers' TIES and PCB, with the real kernels, as on the CPU."""
 
 import numpy as np
 import pytest
@@ -40,6 +40,11 @@ METHODS = {
     "ramplus_tl": ("ramplus_tl", 3, {"r": 0.5, "alpha": 2.0}),
     "arcee_fusion": ("arcee_fusion", 1, {}),
     "passthrough": ("passthrough", 1, {"scale": 0.5}),
+    "ties_merging": ("ties_merging", 3, {}),
+    "ties_merging, largest": ("ties_merging", 2, {"combination": "max", "mask_rate": 0.8, "exclude": "norm"}),
+    "dare_ties_merging": ("dare_ties_merging", 2, {"density": 0.5}),
+    "pcb": ("pcb", 3, {}),
+    "pcb, normalized": ("pcb", 2, {"agreement": "normalized", "weight": [0.8, 1.2]}),
 }
 OF_SUMS = {
     *("dare_linear", "dare_ties", "della", "della_linear", "sce", "ties", "model_stock"),

@@ -15,6 +15,9 @@ MERGES = [
     ("linear", {"weight": [0.2, 0.5]}),
     ("task_arithmetic", {"weight": [0.3, 0.7], "dtype": "float32"}),
     ("task_arithmetic", {"scaling": 0.3}),
+    ("ties_merging", {"density": 0.3}),
+    ("dare_ties_merging", {"density": 0.5}),
+    ("pcb", {}),
 ]
 
 
