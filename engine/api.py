@@ -13,13 +13,15 @@ import yaml
 
 from freemerge import devices, methods, resident
 from freemerge.accelerator import is_out_of_memory
+from freemerge.chat_templates import chat_template
 from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, write_manifest
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.source import split_adapters
+from freemerge.checkpoint.tokenizer import write_chat_template
 from freemerge.checkpoint.workdir import WorkDir
-from freemerge.checkpoint.writer import CheckpointWriter, write_file
+from freemerge.checkpoint.writer import CheckpointWriter
 from freemerge.documents import Stage, load_stages, stages_yaml
 from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, gathered
 from freemerge.experts.extract import Extraction
@@ -36,6 +38,7 @@ from freemerge.sizes import parse_size
 from freemerge.slices import plan_slices
 from freemerge.stages import PlannedCheckpoint, StageFolder
 from freemerge.stream import Stream
+from freemerge.vocabulary import plan_vocabulary
 
 Progress = Callable[[int, int], None]
 
@@ -162,12 +165,15 @@ def _plan(recipe: Recipe, opened: Mapping[str, Any], *, run_by: tuple[str, ...],
     method = methods.get(recipe.method)
     lay = plan_slices if recipe.slices else make_plan
     experts = [opened[expert.model] for expert in recipe.experts]
-    plan = lay(recipe, method, opened[recipe.models[0]], experts, shard_size=shard_size)
+    vocabulary = plan_vocabulary(recipe, opened) if recipe.tokenizer else None
+    plan = lay(recipe, method, opened[recipe.models[0]], experts, shard_size=shard_size, vocabulary=vocabulary)
     earlier = None
     if recipe.continue_from is not None:
         earlier = EarlierMerge(recipe.continue_from, method.name)
         earlier.insist_on(plan)
-    return replace(plan, devices=run_by, earlier=earlier)
+    template = chat_template(recipe.chat_template, [opened[model] for model in recipe.models])
+    warnings = [*(vocabulary.warnings if vocabulary else ()), *plan.warnings]
+    return replace(plan, devices=run_by, chat_template=template, warnings=warnings, earlier=earlier)
 
 
 def _plan_ahead(stages: Sequence[Stage], opened: Mapping[str, Any], plan_one: Callable) -> dict[str | None, Plan]:
@@ -273,11 +279,10 @@ def _run(
 
 def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path, origin: _Origin) -> None:
     recipe, method = plan.recipe, plan.method
-    sources = {expert.model: checkpoint for expert, checkpoint in zip(recipe.experts, plan.experts, strict=True)}
-    tokenizer = sources.get(recipe.tokenizer_source)
+    tokenizer = plan.vocabulary.tokenizer if plan.vocabulary else None
     copy_side_files(plan.base, folder, dtype=plan.dtype, tokenizer=tokenizer, config=plan.config)
-    if recipe.chat_template is not None:
-        write_file(folder / "chat_template.jinja", recipe.chat_template.encode())
+    if plan.chat_template is not None:
+        write_chat_template(folder, plan.chat_template)
     names = [expert.name for expert in recipe.experts] if method.writes_experts else []
     write_card(folder, method=method.name, recipe=origin.text, inputs=origin.inputs, experts=names)
     checksums = {name: record["checksum"] for name, record in records.items()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from freemerge.checkpoint.torch_arrays import same_bytes
 from freemerge.kernels.array import is_float
 
+_AT_ONCE = 1 << 20  # elements that are compared at once where reading them computes them
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -85,7 +87,8 @@ class Matcher:
         fit = self.fit(name, ours.shape, theirs.shape)
         if fit is None:
             where = f"{self._label(index)}{_file(theirs)}"
-            self.problems.append(f"{name}: {list(ours.shape)} in {self.base.label}, {list(theirs.shape)} in {where}")
+            said = f"{name}: {list(ours.shape)} in {self.base.label}, {list(theirs.shape)} in {where}"
+            self.problems.append(said + _of_vocabularies(name, ours.shape, theirs.shape))
         return fit == "crop"
 
     def _note_extra_tensors(self, index: int) -> None:
@@ -115,6 +118,14 @@ def _file(info) -> str:
     return f" ({info.file.name})" if getattr(info, "file", None) else ""
 
 
+def _of_vocabularies(name: str, shape: tuple[int, ...], other: tuple[int, ...]) -> str:
+    """What to do about an embedding or a head that only has another number of rows."""
+    one_for_a_token = shape[1:] == other[1:] and not any(part.isdigit() for part in name.split("."))
+    if one_for_a_token and any(word in name for word in ("emb", "wte", "head", "shared", "output", "decoder")):
+        return "; for rows of the same tokens write `tokenizer_source: base`, or `union` to keep the tokens of all"
+    return ""
+
+
 def _ties(checkpoint) -> dict[str, str]:
     """Tensors that are the same weight: by shared memory, or an output head stored with the bytes of an embedding."""
     ties = dict(checkpoint.tied)
@@ -127,7 +138,13 @@ def _ties(checkpoint) -> dict[str, str]:
 
 def _holds_same(checkpoint, name: str, other: str) -> bool:
     # a checkpoint that is yet to be made has no bytes, and names all its ties
-    return not getattr(checkpoint, "is_planned", False) and same_bytes(checkpoint.read(name), checkpoint.read(other))
+    if getattr(checkpoint, "is_planned", False):
+        return False
+    if not checkpoint.nbytes_made(name) and not checkpoint.nbytes_made(other):
+        return same_bytes(checkpoint.read(name), checkpoint.read(other))
+    size = checkpoint.tensors[name].numel
+    runs = [(begin, min(begin + _AT_ONCE, size)) for begin in range(0, size, _AT_ONCE)]
+    return all(same_bytes(checkpoint.read_run(name, *run), checkpoint.read_run(other, *run)) for run in runs)
 
 
 def _head_of(checkpoint, name: str) -> str | None:

@@ -20,6 +20,7 @@ from freemerge.match import Match, Matcher, never_fits
 from freemerge.methods import Method, TensorPlan
 from freemerge.recipe import Recipe
 from freemerge.settings import insist_on, layer_positions, settings
+from freemerge.vocabulary import Vocabulary
 
 REMEDY = "Merge models of one architecture, or mend the recipe; `freemerge inspect` lists what each model holds."
 
@@ -63,7 +64,8 @@ class Plan:
 
     `devices` names what is to run it, for people; `settled` is what a method of model scope knows of the whole model,
     once it has been measured; `earlier` and `kept` are the running state it continues from, and the one it leaves, if
-    any (running_state.py).
+    any (running_state.py); `vocabulary` is what the recipe's tokenizer means for these models, if it has one;
+    `chat_template` replaces the tokenizer's own.
     """
 
     recipe: Recipe
@@ -77,6 +79,8 @@ class Plan:
     settled: Any = None
     earlier: Any = None
     kept: Any = None
+    vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
 
     @property
     def bytes_in(self) -> int:
@@ -118,7 +122,7 @@ class Plan:
     @property
     def config(self) -> dict[str, Any] | None:
         """The result's config.json where it is not the base's."""
-        return None
+        return self.base.config if self.vocabulary else None
 
     @property
     def opened(self) -> list:
@@ -212,7 +216,8 @@ class Plan:
         """Changes with anything that could change a byte of the result."""
         inputs = [checkpoint.fingerprint() for checkpoint in self.opened]
         tasks = [[t.name, list(t.shape), str(t.dtype), repr(t.settings)] for t in self.tasks]
-        said = json.dumps([__version__, self.recipe.to_yaml(), inputs, tasks], sort_keys=True)
+        tokens = self.vocabulary.fingerprint if self.vocabulary else None
+        said = json.dumps([__version__, self.recipe.to_yaml(), inputs, tasks, tokens], sort_keys=True)
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -249,14 +254,28 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_size: int | None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    method: Method,
+    base,
+    experts: Sequence,
+    *,
+    shard_size: int | None,
+    vocabulary: Vocabulary | None = None,
+) -> Plan:
     """The plan of one merge; see `Planner.plan`.
 
     Args:
         base: the open base; for a method without one, any of the models, to copy from.
         experts: open experts in the recipe's order.
+        vocabulary: what the recipe's tokenizer means for them, if it has one.
     """
-    return Planner(base, experts).plan(recipe, method, shard_size=shard_size)
+    if vocabulary is None:
+        return Planner(base, experts).plan(recipe, method, shard_size=shard_size)
+    models = [recipe.models[0], *(expert.model for expert in recipe.experts)]
+    base, *experts = vocabulary.aligned(list(zip(models, [base, *experts], strict=True)))
+    plan = Planner(base, experts).plan(recipe, method, shard_size=shard_size)
+    return replace(plan, vocabulary=vocabulary)
 
 
 class Planner:

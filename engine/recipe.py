@@ -17,7 +17,7 @@ import yaml
 from freemerge import methods
 from freemerge.checkpoint.source import split_adapters
 from freemerge.errors import RecipeError, listed
-from freemerge.schema import Document, ModelEntry, OutputSlice, nearest, parse
+from freemerge.schema import Document, ModelEntry, OutputSlice, TokenEntry, TokenizerEntry, nearest, parse
 
 REMEDY = "docs/recipe.md describes every key."
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -29,6 +29,38 @@ class ExpertEntry:
     model: str  # folder, file or hub name
     name: str  # unique in the recipe, fit for a file name
     parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Where models that lack a token, with `force` all models, have its row from.
+
+    Args:
+        text: the token.
+        model: one of the recipe's; None for a row of zeros.
+        token: that model's token whose row it is, or the row's number; None for the token itself.
+    """
+
+    text: str
+    model: str | None
+    token: str | int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokens of the result.
+
+    Args:
+        source: "base" (the base's, or without one those of the first model), "union" (those of all), one of the
+            models as the recipe spells it, or another folder.
+        tokens: rules for some of them; those that are new are added.
+        pad_to_multiple_of: of which number of rows the embeddings have a multiple.
+    """
+
+    source: str
+    tokens: dict[str, TokenRule] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +101,8 @@ class Recipe:
     parameters: dict[str, Any] = field(default_factory=dict)
     dtype: np.dtype | None = None  # as in mergekit, of the result unless out_dtype is given
     out_dtype: np.dtype | None = None
-    tokenizer_source: str = "base"  # or one of the models
-    chat_template: str | None = None  # a Jinja text; None copies the tokenizer source's
+    tokenizer: TokenizerChoice | None = None  # None copies the base's, and embeddings are merged as they are
+    chat_template: str | None = None  # a Jinja text, the name of one, or "auto"; None is the tokenizer's own
     continue_from: str | None = None  # the output of an earlier merge, whose experts these come after
     keep_state: bool | None = None  # whether to leave what a later merge can continue from; None: if the method can
     slices: tuple[Slice, ...] = ()  # of layers, first to last
@@ -97,7 +129,7 @@ class Recipe:
             experts: paths or hub names, or a mapping of expert names to them.
             parameters: as in a recipe, and for a parameter each expert has its own of, also a mapping of expert names
                 to values, or a list with one number for each expert.
-            others: dtype, out_dtype, tokenizer_source, chat_template, continue_from, keep_state.
+            others: dtype, out_dtype, tokenizer_source, tokenizer, chat_template, continue_from, keep_state.
 
         Raises:
             RecipeError: with all problems found.
@@ -149,7 +181,7 @@ class Recipe:
             "parameters": _sorted(self.parameters),
             "dtype": self.dtype and self.dtype.name,
             "out_dtype": self.out_dtype and self.out_dtype.name,
-            "tokenizer_source": None if self.tokenizer_source == "base" else self.tokenizer_source,
+            **_tokenizer_entry(self.tokenizer),
             "chat_template": self.chat_template,
             "continue_from": self.continue_from,
             "keep_state": self.keep_state,
@@ -229,7 +261,7 @@ def recipe_of(document: Document, problems: list[str]) -> Recipe:
         parameters=document.parameters,
         dtype=document.dtype,
         out_dtype=document.out_dtype,
-        tokenizer_source=_tokenizer_source(document, problems),
+        tokenizer=_tokenizer(document, problems),
         chat_template=document.chat_template,
         continue_from=document.continue_from,
         keep_state=document.keep_state,
@@ -248,7 +280,7 @@ def _sliced(document: Document, problems: list[str]) -> Recipe:
         parameters=document.parameters,
         dtype=document.dtype,
         out_dtype=document.out_dtype,
-        tokenizer_source=_tokenizer_source(document, problems),
+        tokenizer=_tokenizer(document, problems),
         chat_template=document.chat_template,
         continue_from=document.continue_from,
         keep_state=document.keep_state,
@@ -297,20 +329,50 @@ def _has_filters(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
-def _tokenizer_source(document: Document, problems: list[str]) -> str:
-    """ "base", or one of the models as the recipe spells it there."""
+def _tokenizer(document: Document, problems: list[str]) -> TokenizerChoice | None:
     if document.tokenizer and document.tokenizer_source:
         problems.append("tokenizer_source and tokenizer: both are given; keep one")
-    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
+    if document.tokenizer is None and document.tokenizer_source is None:
+        return None
+    entry = document.tokenizer or TokenizerEntry(source=document.tokenizer_source)
     sources = [source for piece in document.slices for source in piece.sources]
-    base, models = document.base_model, [entry.model for entry in (*document.models, *sources)]
-    if source in (None, "base") or (base is not None and _same_model(source, base)):
-        return "base"
-    for model in models:
-        if _same_model(source, model):
-            return model
-    problems.append(f"tokenizer_source: {source} is none of the models{nearest(source, ['base', *models])}")
-    return "base"
+    models = [document.base_model, *(entry.model for entry in (*document.models, *sources))]
+    models = list(dict.fromkeys(model for model in models if model is not None))
+    source = next((model for model in models if _same_model(model, entry.source)), entry.source)
+    if source not in ("base", "union", *models) and not os.path.isdir(os.path.expanduser(source)):
+        known = nearest(source, {"base", "union", *models})
+        problems.append(f"tokenizer: source {source} is none of the models, and no folder{known}")
+    rules = {text: _rule(text, rule, models, problems) for text, rule in entry.tokens.items()}
+    return TokenizerChoice(source, rules, entry.pad_to_multiple_of)
+
+
+def _rule(text: str, entry: TokenEntry, models: list[str], problems: list[str]) -> TokenRule:
+    model, token = entry.source
+    known = next((known for known in models if model is not None and _same_model(model, known)), None)
+    if model is not None and known is None:
+        hint = "; a row of zeros is {kind: zero}" if model == "zero" else nearest(model, models)
+        problems.append(f"tokenizer.tokens.{text}: source {model} is none of the models{hint}")
+    return TokenRule(text, known, token, entry.force)
+
+
+def _tokenizer_entry(choice: TokenizerChoice | None) -> dict:
+    if choice is None:
+        return {}
+    if not choice.tokens and choice.pad_to_multiple_of is None:
+        return {"tokenizer_source": choice.source}
+    rules = {text: _rule_entry(rule) for text, rule in choice.tokens.items()}
+    padding = choice.pad_to_multiple_of
+    return {"tokenizer": _drop_empty({"source": choice.source, "tokens": rules, "pad_to_multiple_of": padding})}
+
+
+def _rule_entry(rule: TokenRule) -> dict:
+    source: Any = rule.model
+    if rule.model is None:
+        source = {"kind": "zero"}
+    elif rule.token is not None:
+        key = "token_id" if isinstance(rule.token, int) else "token"
+        source = {"kind": "model_token", "model": rule.model, key: rule.token}
+    return {"source": source, **({"force": True} if rule.force else {})}
 
 
 def _same_model(one: str, other: str) -> bool:

@@ -8,9 +8,19 @@ from typing import Annotated, Any
 
 import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from freemerge import methods
+from freemerge.chat_templates import TEMPLATES, why_no_jinja
 from freemerge.errors import FreemergeError, RecipeError
 from freemerge.kernels.array import FLOATS
 
@@ -61,18 +71,32 @@ def _refused(what: str, remedy: str):
     return BeforeValidator(refuse)
 
 
-def _tokenizer_source(value: Any) -> str:
-    if value == "union":
-        raise ValueError(_LATER.format("the union of vocabularies comes", "write 'base' or one of the models"))
-    return _model(value)
-
-
 def _chat_template(value: str | None) -> str | None:
-    if value is None or value == "auto":  # the tokenizer's own is copied
-        return None
+    if value is None or value == "auto" or value in TEMPLATES:
+        return value
     if "{" not in value:
-        raise ValueError(_LATER.format("templates by name come", "give the Jinja text or leave it out"))
+        known = nearest(value, {*TEMPLATES, "auto"})
+        raise ValueError(f"no template is called {value!r}{known}; a template of your own is a Jinja text")
+    if said := why_no_jinja(value):
+        raise ValueError(said)
     return value
+
+
+def _token_source(value: Any) -> Any:
+    """(model or None for a row of zeros, its token or the number of a row)."""
+    if not isinstance(value, dict) or "kind" not in value:
+        return _model(value), None
+    keys = {"zero": {"kind"}, "model_token": {"kind", "model", "token", "token_id"}}
+    if value["kind"] not in keys:
+        raise ValueError(f"kind {value['kind']!r}{nearest(value['kind'], keys)}")
+    if unknown := sorted(set(value) - keys[value["kind"]]):
+        raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], keys[value['kind']])}")
+    if value["kind"] == "zero":
+        return None, None
+    given = [value[key] for key in ("token", "token_id") if value.get(key) is not None]
+    if len(given) != 1 or (given[0] is value.get("token_id") and (type(given[0]) is not int or given[0] < 0)):
+        raise ValueError("of a model_token either token, a text, or token_id, a row's number, is expected")
+    return _model(value.get("model")), given[0]
 
 
 def _model(value: Any) -> str:
@@ -143,7 +167,7 @@ Setting = Annotated[Any, BeforeValidator(_setting)]
 Parameters = Annotated[dict[str, Setting], BeforeValidator(_parameters)]
 LayerRange = Annotated[Any, BeforeValidator(_layer_range)]
 Dtype = Annotated[Any, BeforeValidator(_dtype)]
-Source = Annotated[Any, BeforeValidator(lambda value: None if value is None else _tokenizer_source(value))]
+Source = Annotated[Any, BeforeValidator(lambda value: None if value is None else _model(value))]
 
 
 class _Strict(BaseModel):
@@ -156,10 +180,15 @@ class ModelEntry(_Strict):
     parameters: Parameters = {}
 
 
-class Tokenizer(_Strict):
-    source: Source  # mergekit takes the union where it is left out
-    tokens: Annotated[None, _refused("rules for single tokens", "leave them out")] = None
-    pad_to_multiple_of: Annotated[None, _refused("paddings of the vocabulary", "leave it out")] = None
+class TokenEntry(_Strict):
+    source: Annotated[Any, BeforeValidator(_token_source)]
+    force: StrictBool = False
+
+
+class TokenizerEntry(_Strict):
+    source: ModelName = "union"
+    tokens: Annotated[dict[str, TokenEntry], BeforeValidator(_parameters)] = {}
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
 
 
 class SliceSource(_Strict):
@@ -190,7 +219,7 @@ class Document(_Strict):
     dtype: Dtype = None
     out_dtype: Dtype = None
     tokenizer_source: Source = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerEntry | None = None
     chat_template: Annotated[str | None, AfterValidator(_chat_template)] = None
     continue_from: str | None = None  # freemerge's additions, for methods that keep a state
     keep_state: bool | None = None
@@ -201,6 +230,9 @@ class Document(_Strict):
     def _one_form(self):
         if self.models and self.slices:
             raise ValueError("models and slices: both are given; keep one")
+        source = self.tokenizer.source if self.tokenizer else self.tokenizer_source
+        if self.continue_from and source not in (None, "base"):
+            raise ValueError("continue_from: the earlier merge has the base's tokens; write tokenizer_source: base")
         return self
 
 
@@ -211,6 +243,8 @@ _MESSAGES = {
     "too_short": "at least one is expected",
     "int_type": "a whole number is expected, not {input!r}",
     "int_parsing": "a whole number is expected, not {input!r}",
+    "bool_type": "true or false is expected, not {input!r}",
+    "greater_than": "a whole number above 0 is expected, not {input!r}",
     "model_type": "a mapping of names to values is expected, not {input!r}",
 }
 
@@ -241,7 +275,13 @@ def _problem(details: dict) -> str:
 
 
 def _keys(parents: list) -> set[str]:
-    owners = {"models": ModelEntry, "tokenizer": Tokenizer, "slices": OutputSlice, "sources": SliceSource}
+    owners = {
+        "models": ModelEntry,
+        "tokenizer": TokenizerEntry,
+        "tokens": TokenEntry,
+        "slices": OutputSlice,
+        "sources": SliceSource,
+    }
     named = [part for part in parents if part in owners]
     return set(owners[named[-1]].model_fields if named else Document.model_fields)
 

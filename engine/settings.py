@@ -87,6 +87,12 @@ def is_embedding(name: str) -> bool:
     return any("emb" in part or part in ("wte", "wpe") for part in name.lower().split("."))
 
 
+def config_parts(config: dict | None) -> list[dict]:
+    """The configuration itself and those in it that are of a language model."""
+    parts = [config, *((config or {}).get(key) for key in ("text_config", "llm_config", "language_config"))]
+    return [part for part in parts if isinstance(part, dict)]
+
+
 def check_recipe(recipe: Recipe, method) -> list[str]:
     """Every problem of a recipe with its method, one sentence each; empty if there is none."""
     if recipe.slices:

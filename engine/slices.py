@@ -10,13 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from freemerge.checkpoint.header import TensorInfo
 from freemerge.checkpoint.view import CheckpointView
 from freemerge.errors import PlanError, listed
 from freemerge.kernels.array import Array
 from freemerge.methods import Method
 from freemerge.plan import REMEDY, Plan, Planner, TensorTask, lay_out
 from freemerge.recipe import Recipe, Slice
-from freemerge.settings import insist_on, is_embedding, layer_of, layer_stacks
+from freemerge.settings import config_parts, insist_on, is_embedding, layer_of, layer_stacks
+from freemerge.vocabulary import Vocabulary
 
 _COUNTS = (
     "num_hidden_layers",
@@ -53,12 +55,21 @@ class SlicedPlan(Plan):
         return self.parts[task.name].why_not_finite(task, base, experts)
 
 
-def plan_slices(recipe: Recipe, method: Method, base, experts: Sequence, *, shard_size: int | None) -> SlicedPlan:
+def plan_slices(
+    recipe: Recipe,
+    method: Method,
+    base,
+    experts: Sequence,
+    *,
+    shard_size: int | None,
+    vocabulary: Vocabulary | None = None,
+) -> SlicedPlan:
     """The plan of a recipe with slices.
 
     Args:
         base: the open base, or the first model where the recipe has none: whose configuration the result has.
         experts: open models, as the recipe's experts.
+        vocabulary: what the recipe's tokenizer means for them, if it has one.
 
     Raises:
         RecipeError: recipe and method do not agree.
@@ -71,10 +82,11 @@ def plan_slices(recipe: Recipe, method: Method, base, experts: Sequence, *, shar
     models = {expert.model: stacks[checkpoint] for expert, checkpoint in zip(recipe.experts, experts, strict=True)}
     sources = [_sources(piece, models, reference) for piece in recipe.slices]
     _insist_on_none(_misplaced(sources, reference))
-    planners = list(_planners(recipe, sources))
+    planners = list(_planners(recipe, sources, vocabulary))
     matchers = [planner.matcher(piece.recipe, method) for piece, planner in zip(recipe.slices, planners, strict=True)]
     problems = [f"slices[{k}]: {problem}" for k, matcher in enumerate(matchers) for problem in matcher.problems]
-    _insist_on_none(problems or _misfits([planner.base for planner in planners], reference))
+    headers = vocabulary.shapes(base) if vocabulary else base.tensors
+    _insist_on_none(problems or _misfits([planner.base for planner in planners], reference, headers))
     parts, tasks = {}, []
     for piece, planner, matcher in zip(recipe.slices, planners, matchers, strict=True):
         of_slice = planner.tasks(piece.recipe, method, matcher.matches)
@@ -86,9 +98,11 @@ def plan_slices(recipe: Recipe, method: Method, base, experts: Sequence, *, shar
     config = _restacked(reference, origins)
     if config == reference.config and len(origins) != reference.layers:
         warnings.append("config.json does not say how many layers there are; whoever loads the result has to")
+    if vocabulary:
+        config = vocabulary.config(config)
     whole = CheckpointView(base, {name: (part.base, name) for name, part in parts.items()}, config)
     shards = lay_out(tasks, shard_size)
-    return SlicedPlan(recipe, method, whole, list(experts), tasks, shards, warnings, parts=parts)
+    return SlicedPlan(recipe, method, whole, list(experts), tasks, shards, warnings, vocabulary=vocabulary, parts=parts)
 
 
 class _Stack:
@@ -101,7 +115,7 @@ class _Stack:
     def __init__(self, checkpoint):
         self.checkpoint, self.label, self.config = checkpoint, checkpoint.label, checkpoint.config
         found = layer_stacks(checkpoint.tensors)
-        counts = {part[key] for part in _config_parts(self.config) for key in _COUNTS if key in part}
+        counts = {part[key] for part in config_parts(self.config) for key in _COUNTS if key in part}
         fitting = [stack for stack, layers in found.items() if len(found) == 1 or layers in counts]
         if len(fitting) != 1:
             said = ", ".join(f"{stack} ({layers})" for stack, layers in found.items())
@@ -162,7 +176,7 @@ def _misplaced(sources: list[_Sources], reference: _Stack) -> list[str]:
     return problems
 
 
-def _planners(recipe: Recipe, sources: list[_Sources]) -> Iterator[Planner]:
+def _planners(recipe: Recipe, sources: list[_Sources], vocabulary: Vocabulary | None) -> Iterator[Planner]:
     offset, last = 0, len(sources) - 1
     for k, (piece, of_slice) in enumerate(zip(recipe.slices, sources, strict=True)):
 
@@ -170,6 +184,9 @@ def _planners(recipe: Recipe, sources: list[_Sources]) -> Iterator[Planner]:
             return first if is_embedding(name) else final
 
         views = [stack.view(layers, offset, outside) for stack, layers in of_slice]
+        if vocabulary and k in (0, last):
+            models = ([piece.recipe.base] if piece.base_range else []) + [e.model for e in piece.recipe.experts]
+            views = vocabulary.aligned(list(zip(models, views, strict=True)), piece.recipe.base)
         positions = {}
         for name in views[0].tensors:
             layer = of_slice[0][0].layer(name)
@@ -181,10 +198,10 @@ def _planners(recipe: Recipe, sources: list[_Sources]) -> Iterator[Planner]:
         offset += piece.layers
 
 
-def _misfits(bases: list[CheckpointView], reference: _Stack) -> list[str]:
+def _misfits(bases: list[CheckpointView], reference: _Stack, headers: Mapping[str, TensorInfo]) -> list[str]:
     """What the result would have in another shape than the model whose configuration it has, or not at all."""
     shapes: dict[str, set] = {}
-    for name, info in reference.checkpoint.tensors.items():
+    for name, info in headers.items():
         shapes.setdefault(_kind(name, reference), set()).add(info.shape)
     problems, found = {}, set()
     for base in bases:
@@ -204,20 +221,14 @@ def _kind(name: str, reference: _Stack) -> str:
     return name if reference.layer(name) is None else reference.renumbered(name, "*")
 
 
-def _config_parts(config: dict | None) -> list[dict]:
-    """The configuration itself and those in it that are of a language model."""
-    parts = [config, *((config or {}).get(key) for key in ("text_config", "llm_config", "language_config"))]
-    return [part for part in parts if isinstance(part, dict)]
-
-
 def _restacked(reference: _Stack, origins: list[tuple[dict | None, int]]) -> dict | None:
     """The configuration for layers of these configurations and numbers: how many, and lists with a word for each."""
     config = copy.deepcopy(reference.config)
-    for p, part in enumerate(_config_parts(config)):
+    for p, part in enumerate(config_parts(config)):
         counts = [key for key in _COUNTS if part.get(key) == reference.layers]
         for key in [key for key, value in part.items() if _one_for_each(key, value, reference.layers)]:
             with suppress(IndexError, KeyError):  # a model that does not say it
-                part[key] = [_config_parts(other)[p][key][layer] for other, layer in origins]
+                part[key] = [config_parts(other)[p][key][layer] for other, layer in origins]
         part |= dict.fromkeys(counts, len(origins))
     return config
 

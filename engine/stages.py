@@ -10,6 +10,7 @@ from pathlib import Path
 
 from freemerge.checkpoint.header import TensorInfo
 from freemerge.checkpoint.lock import Lock
+from freemerge.checkpoint.tokenizer import Tokenizer, read_chat_template
 from freemerge.checkpoint.workdir import check_out
 from freemerge.checkpoint.writer import write_file
 from freemerge.errors import InputError, OutputError
@@ -27,6 +28,17 @@ class PlannedCheckpoint:
         tensors = {task.name: TensorInfo(task.dtype, task.shape, 0, None) for task in plan.tasks}
         self.tensors = dict(sorted(tensors.items()))
         self.tied = {task.name: task.match.same_as for task in plan.tasks if task.match.same_as}
+        self._plan = plan
+
+    def tokenizer(self) -> Tokenizer | None:
+        vocabulary = self._plan.vocabulary
+        return vocabulary.tokenizer if vocabulary else self._plan.base.tokenizer()
+
+    def chat_template(self) -> str | None:
+        plan = self._plan
+        if plan.chat_template is not None:
+            return plan.chat_template
+        return read_chat_template(plan.vocabulary.tokenizer.folder) if plan.vocabulary else plan.base.chat_template()
 
     def nbytes_made(self, name: str) -> int:
         """Bytes of memory that reading a tensor will take: none."""

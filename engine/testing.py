@@ -18,6 +18,7 @@ __all__ = [
     "random_array",
     "tiny_llama",
     "tiny_llama_config",
+    "tiny_tokenizer",
     "tiny_vit",
     "tiny_vit_config",
     "to_gpu",
@@ -171,6 +172,35 @@ def tiny_llama_config(**overrides) -> dict:
         "bos_token_id": 1,
         "eos_token_id": 2,
     } | overrides
+
+
+def tiny_tokenizer(words: list[str], added: tuple[str, ...] = (), template: str | None = None) -> dict[str, dict]:
+    """tokenizer.json and tokenizer_config.json, by name: byte pairs over a to z.
+
+    Args:
+        words: tokens beside the letters, each made of one before it, or a letter, and a letter.
+        added: special tokens, beside <unk>, <s> and </s>, under the last ids.
+        template: the chat template.
+    """
+    special = ["<unk>", "<s>", "</s>"]
+    vocab = {token: i for i, token in enumerate([*special, *"abcdefghijklmnopqrstuvwxyz", *words])}
+    numbered = {token: vocab[token] for token in special} | {token: len(vocab) + i for i, token in enumerate(added)}
+    settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    merges = [[word[:-1], word[-1]] for word in words]
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": number, "content": token, **settings} for token, number in numbered.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "BPE", "unk_token": "<unk>", "vocab": vocab, "merges": merges},
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"unk_token": "<unk>", "model_max_length": 64, **({"chat_template": template} if template else {})}
+    return {"tokenizer.json": data, "tokenizer_config.json": config}
 
 
 def tiny_vit(seed: int, *, dtype=np.float32, scale: float = 0.02, **overrides) -> dict[str, Array]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from freemerge.checkpoint.adapter import Adapter
 from freemerge.checkpoint.low_rank import Change, Changed
+from freemerge.checkpoint.tokenizer import Tokenizer
 from freemerge.errors import CheckpointError, gathered
 from freemerge.kernels.array import Array, store
 
@@ -96,6 +97,14 @@ class AdaptedCheckpoint:
     def side_files(self) -> list[Path]:
         """The base's."""
         return self.base.side_files()
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The base's."""
+        return self.base.tokenizer()
+
+    def chat_template(self) -> str | None:
+        """The base's."""
+        return self.base.chat_template()
 
     def license(self) -> str | None:
         """What base and adapters state, where that differs all of it."""

@@ -15,6 +15,7 @@ from freemerge import __version__
 from freemerge.checkpoint.dtypes import NAMES
 from freemerge.checkpoint.manifest import MANIFEST, MergeInput
 from freemerge.checkpoint.reader import Checkpoint
+from freemerge.checkpoint.tokenizer import PREFIXES, Tokenizer
 from freemerge.checkpoint.writer import write_file
 
 CARD = "README.md"
@@ -30,23 +31,11 @@ TORCH_NAMES = {
 }
 
 
-TOKENIZER = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-    "sentencepiece",
-)
-
-
 def copy_side_files(
     checkpoint: Checkpoint,
     folder: Path,
     dtype: np.dtype | None = None,
-    tokenizer: Checkpoint | None = None,
+    tokenizer: Tokenizer | None = None,
     config: dict | None = None,
 ) -> None:
     """Copy configuration, generation config, tokenizer and chat template into `folder`.
@@ -54,17 +43,17 @@ def copy_side_files(
     Where config.json names a dtype, it names `dtype` then, the output's. Tokenizer and chat template are those of
     `tokenizer`, if given, and what config.json says is `config`.
     """
-    chosen = checkpoint.side_files()
-    if tokenizer is not None:
-        chosen = [path for path in chosen if not path.name.startswith(TOKENIZER)]
-        chosen += [path for path in tokenizer.side_files() if path.name.startswith(TOKENIZER)]
-    for path in chosen:
+    for path in checkpoint.side_files():
+        if tokenizer is not None and path.name.startswith(PREFIXES):
+            continue
         data = path.read_bytes()
         if path.name == "config.json" and config is not None:
             data = _encoded(config)
         if path.name == "config.json" and dtype is not None:
             data = _with_dtype(data, TORCH_NAMES.get(NAMES[np.dtype(dtype)]))
         write_file(folder / path.name, data)
+    if tokenizer is not None:
+        tokenizer.write(folder)
 
 
 def _with_dtype(data: bytes, name: str | None) -> bytes:

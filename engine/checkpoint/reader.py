@@ -10,6 +10,7 @@ import numpy as np
 from freemerge.checkpoint import files, mapping
 from freemerge.checkpoint.header import REMEDY, Malformed, TensorInfo, examine_header, few, shown
 from freemerge.checkpoint.source import Source, find_source, split_adapters
+from freemerge.checkpoint.tokenizer import Tokenizer, read_chat_template, read_tokenizer
 from freemerge.errors import ChangedInputError, CheckpointError, InputError, gathered, listed
 
 
@@ -181,6 +182,13 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """Configuration, tokenizer, chat template: what a copy of the model needs besides its weights."""
         return files.side_files(self.path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """As `read_tokenizer` reads it."""
+        return read_tokenizer(self.path)
+
+    def chat_template(self) -> str | None:
+        return read_chat_template(self.path)
 
     def license(self) -> str | None:
         return files.read_license(self.path)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from freemerge.checkpoint.tokenizer import Tokenizer
 from freemerge.kernels.array import Array
 
 
@@ -54,6 +55,12 @@ class CheckpointView:
 
     def side_files(self) -> list[Path]:
         return self._checkpoint.side_files()
+
+    def tokenizer(self) -> Tokenizer | None:
+        return self._checkpoint.tokenizer()
+
+    def chat_template(self) -> str | None:
+        return self._checkpoint.chat_template()
 
     def license(self) -> str | None:
         return self._checkpoint.license()

@@ -43,7 +43,7 @@ def test_reads_a_recipe_of_mergekits_documentation():
     assert [expert.name for expert in recipe.experts] == ["orca_mini_v3_13b", "Platypus2-13B"]
     assert recipe.experts[0].parameters == {"weight": [0, 0.3, 0.7, 1]}
     assert recipe.experts[1].parameters == {"weight": [{"filter": "mlp", "value": 0.5}, {"filter": "*", "value": 0}]}
-    assert recipe.tokenizer_source == "base"
+    assert recipe.tokenizer is None
 
 
 def test_reads_a_file(tmp_path):
@@ -114,8 +114,8 @@ def test_all_problems_are_said_at_once():
             "slices": [{"sources": []}],
             "modules": {"a": 1},
             "parameters": {"weight": [[1]], "scaling": {"filtr": "a", "value": 1}, "normalize": None},
-            "tokenizer": {"source": "union", "tokens": {"<s>": {}}},
-            "chat_template": "chatml",
+            "tokenizer": {"tokens": {"<s>": {}, "a": {"source": {"kind": "zeros"}}}, "pad_to_multiple_of": 0},
+            "chat_template": "chatlm",
         }
     )
     for expected in [
@@ -130,13 +130,14 @@ def test_all_problems_are_said_at_once():
         "parameters.weight: [1]: a number",
         "parameters.scaling: 'filtr' in a filtered list, did you mean filter?",
         "parameters.normalize: None: a number",
-        "tokenizer.source: not yet: the union of vocabularies",
-        "tokenizer.tokens: not yet",
-        "chat_template: not yet: templates by name",
+        "tokenizer.tokens.<s>: source is missing",
+        "tokenizer.tokens.a.source: kind 'zeros', did you mean zero?",
+        "tokenizer.pad_to_multiple_of: a whole number above 0 is expected, not 0",
+        "chat_template: no template is called 'chatlm', did you mean chatml?; a template of your own is a Jinja text",
         "docs/recipe.md",
     ]:
         assert expected in text
-    assert "14 problems, nothing was written" in text
+    assert "15 problems, nothing was written" in text
 
 
 def test_a_key_given_twice_is_refused():
@@ -183,21 +184,58 @@ def test_an_expert_with_an_adapter_is_named_after_that():
     assert load_recipe(recipe.to_yaml()) == recipe
 
 
-def test_the_tokenizer_comes_from_the_base_or_a_model():
+def test_the_tokenizer_is_that_of_all_of_the_base_of_a_model_or_of_a_folder(tmp_path):
     content = {"merge_method": "linear", "base_model": "base", "models": [{"model": "a"}]}
-    assert load_recipe({**content, "tokenizer_source": "base"}).tokenizer_source == "base"
-    assert load_recipe({**content, "tokenizer_source": "base/"}).tokenizer_source == "base"
-    assert load_recipe({**content, "tokenizer": {"source": "a"}}).tokenizer_source == "a"
-    assert load_recipe({**content, "tokenizer_source": "./a"}).tokenizer_source == "a"
-    assert "z is none of the models; there is a, base" in problems_of({**content, "tokenizer_source": "z"})
+
+    def source(**given):
+        recipe = load_recipe({**content, **given})
+        assert load_recipe(recipe.to_yaml()) == recipe
+        return recipe.tokenizer.source
+
+    assert load_recipe(content).tokenizer is None
+    assert source(tokenizer_source="base") == "base"
+    assert source(tokenizer_source="base/") == "base"
+    assert source(tokenizer_source="./a") == source(tokenizer={"source": "a"}) == "a"
+    assert source(tokenizer_source="union") == source(tokenizer={}) == "union"
+    assert source(tokenizer_source=str(tmp_path)) == str(tmp_path)
+    assert "z is none of the models, and no folder; there is a, base, union" in problems_of(
+        {**content, "tokenizer_source": "z"}
+    )
     assert "both are given" in problems_of({**content, "tokenizer": {"source": "a"}, "tokenizer_source": "a"})
-    assert "tokenizer: source is missing" in problems_of({**content, "tokenizer": {}})
 
 
-def test_a_chat_template_is_a_jinja_text():
+def test_a_merge_goes_on_with_the_tokens_it_began_with():
+    content = {"merge_method": "opcm", "base_model": "base", "models": [{"model": "a"}], "continue_from": "before"}
+    assert load_recipe({**content, "tokenizer_source": "base"}).tokenizer.source == "base"
+    assert "continue_from: the earlier merge has the base's tokens" in problems_of({**content, "tokenizer": {}})
+
+
+def test_rules_for_single_tokens():
+    content = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}
+    tokens = {
+        "x": {"source": "./b", "force": True},
+        "y": {"source": {"kind": "zero"}},
+        "z": {"source": {"kind": "model_token", "model": "a", "token": "q"}},
+        "0": {"source": {"kind": "model_token", "model": "a", "token_id": 0}},
+    }
+    recipe = load_recipe({**content, "tokenizer": {"tokens": tokens, "pad_to_multiple_of": 8}})
+    assert [(rule.model, rule.token, rule.force) for rule in recipe.tokenizer.tokens.values()] == [
+        ("b", None, True),
+        (None, None, False),
+        ("a", "q", False),
+        ("a", 0, False),
+    ]
+    assert recipe.tokenizer.pad_to_multiple_of == 8
+    assert load_recipe(recipe.to_yaml()) == recipe
+
+
+def test_a_chat_template_is_a_name_or_a_jinja_text():
     content = {"merge_method": "linear", "models": [{"model": "a"}]}
-    assert load_recipe({**content, "chat_template": "{{ messages }}"}).chat_template == "{{ messages }}"
-    assert load_recipe({**content, "chat_template": "auto"}).chat_template is None
+    for said in ("{{ messages }}", "chatml", "auto", "{% generation %}{{ 1 }}{% endgeneration %}"):
+        recipe = load_recipe({**content, "chat_template": said})
+        assert recipe.chat_template == said
+        assert load_recipe(recipe.to_yaml()) == recipe
+    assert "chat_template: line 2 is no Jinja: " in problems_of({**content, "chat_template": "a\n{% for %}"})
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "bf16"])
