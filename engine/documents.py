@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import yaml
 
 from freemerge.errors import RecipeError, listed
-from freemerge.recipe import NAME, REMEDY, Recipe, read_documents, recipe_of
+from freemerge.recipe import Recipe, recipe_of
+from freemerge.recipe.names import NAME
+from freemerge.recipe.text import REMEDY, read_documents
 from freemerge.schema import parse
 
 

@@ -15,7 +15,7 @@ from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.torch_arrays import from_torch, is_torch
 from freemerge.errors import CheckpointError, gathered
 from freemerge.kernels.array import Array, is_tensor
-from freemerge.recipe import named_experts
+from freemerge.recipe.names import named_experts
 
 Model = Any  # a path or hub name, a state dict, or an nn.Module
 

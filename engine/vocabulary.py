@@ -19,7 +19,8 @@ from freemerge.checkpoint.header import TensorInfo
 from freemerge.checkpoint.rows import AVERAGE, MEAN, ZERO, Rows, RowsView
 from freemerge.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from freemerge.errors import InputError, PlanError, gathered, listed
-from freemerge.recipe import Recipe, TokenRule
+from freemerge.recipe import Recipe
+from freemerge.recipe.tokenizer import TokenRule
 from freemerge.settings import config_parts, is_embedding, layer_of, layer_stacks
 
 _REMEDY = "docs/recipe.md, Tokenizers, says what is done with vocabularies."

@@ -21,7 +21,7 @@ def parse_parameters(values: list[str]) -> dict[str, Any]:
     Raises:
         InputError: something else, or a key given twice.
     """
-    from freemerge.recipe import parse_value
+    from freemerge.recipe.text import parse_value
 
     parameters: dict[str, Any] = {}
     for text in values:

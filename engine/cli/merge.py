@@ -129,7 +129,7 @@ def _experts(values: list[str]) -> list[str] | dict[str, str]:
         return [model for _, model in pairs]
     if len(set(names)) < len(names):
         raise InputError("--expert: two experts have the same name")
-    from freemerge.recipe import named_experts
+    from freemerge.recipe.names import named_experts
 
     return named_experts(pairs)
 

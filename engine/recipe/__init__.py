@@ -5,23 +5,19 @@ what a method makes of the parameters is in settings.py.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 
 from freemerge import methods
-from freemerge.checkpoint.source import split_adapters
 from freemerge.errors import RecipeError, listed
-from freemerge.schema import Document, ModelEntry, OutputSlice, TokenEntry, TokenizerEntry, nearest, parse
-
-REMEDY = "docs/recipe.md describes every key."
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_GENERIC_FILES = {"model", "pytorch_model", "adapter_model", "consolidated"}
+from freemerge.recipe.flags import share_out
+from freemerge.recipe.names import NAME, new_name, same_model
+from freemerge.recipe.text import REMEDY, read_documents, to_text, without_empty
+from freemerge.recipe.tokenizer import TokenizerChoice, tokenizer_choice, tokenizer_entry
+from freemerge.schema import Document, ModelEntry, OutputSlice, parse
 
 
 @dataclass(frozen=True)
@@ -29,38 +25,6 @@ class ExpertEntry:
     model: str  # folder, file or hub name
     name: str  # unique in the recipe, fit for a file name
     parameters: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TokenRule:
-    """Where models that lack a token, with `force` all models, have its row from.
-
-    Args:
-        text: the token.
-        model: one of the recipe's; None for a row of zeros.
-        token: that model's token whose row it is, or the row's number; None for the token itself.
-    """
-
-    text: str
-    model: str | None
-    token: str | int | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class TokenizerChoice:
-    """The tokens of the result.
-
-    Args:
-        source: "base" (the base's, or without one those of the first model), "union" (those of all), one of the
-            models as the recipe spells it, or another folder.
-        tokens: rules for some of them; those that are new are added.
-        pad_to_multiple_of: of which number of rows the embeddings have a multiple.
-    """
-
-    source: str
-    tokens: dict[str, TokenRule] = field(default_factory=dict)
-    pad_to_multiple_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +100,7 @@ class Recipe:
         """
         named = experts.items() if isinstance(experts, Mapping) else [(None, model) for model in experts]
         models = [{"model": os.fspath(model), "name": name, "parameters": {}} for name, model in named]
-        shared, problems = _share_out(method, dict(parameters or {}), models)
+        shared, problems = share_out(method, dict(parameters or {}), models)
         if problems:
             raise RecipeError(listed(problems, "Correct the parameters."))
         content = {
@@ -156,13 +120,13 @@ class Recipe:
         aliases = methods.get(self.method).aliases
         given = {aliases.get(key, key) for key in parameters}
         for_all = {aliases.get(key, key) for key, value in parameters.items() if not isinstance(value, Mapping)}
-        content = yaml.load(self.to_yaml(), Loader=_Loader)
+        content = read_documents(self.to_yaml())[1][0]
         parts = [part for piece in content.get("slices", ()) for part in (piece, *piece["sources"])]
         models = [_entry(expert) for expert in self.experts]
         for entry in (*parts, *models):
             said = entry.get("parameters", {}).items()
             entry["parameters"] = {key: value for key, value in said if aliases.get(key, key) not in for_all}
-        shared, problems = _share_out(self.method, dict(parameters), models)
+        shared, problems = share_out(self.method, dict(parameters), models)
         if self.slices and any(entry["parameters"] for entry in models):
             problems.append("with slices a parameter has one value for all experts; write others in the recipe")
         if problems:
@@ -181,12 +145,12 @@ class Recipe:
             "parameters": _sorted(self.parameters),
             "dtype": self.dtype and self.dtype.name,
             "out_dtype": self.out_dtype and self.out_dtype.name,
-            **_tokenizer_entry(self.tokenizer),
+            **tokenizer_entry(self.tokenizer),
             "chat_template": self.chat_template,
             "continue_from": self.continue_from,
             "keep_state": self.keep_state,
         }
-        return yaml.dump(_drop_empty(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return to_text(content)
 
 
 def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
@@ -208,44 +172,6 @@ def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def named_experts(pairs: Sequence[tuple[str | None, str]]) -> dict[str, str]:
-    """Name -> model for pairs of a name, or None, and a model: nameless ones are named after their folder."""
-    taken = {name.lower() for name, _ in pairs if name}
-    return {name or _new_name(model, taken): model for name, model in pairs}
-
-
-def parse_value(text: str) -> Any:
-    """A parameter's value as a recipe would have it after the colon.
-
-    Raises:
-        RecipeError: it is not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{text!r} is not a value a recipe could have: {error}") from error
-
-
-def read_documents(source) -> tuple[str, list]:
-    """What to call a recipe, and its YAML documents."""
-    if isinstance(source, Mapping):
-        return "recipe", [dict(source)]
-    text = os.fspath(source)
-    label = "recipe"
-    if isinstance(source, os.PathLike) or not ("\n" in text or re.search(r":(\s|$)", text)):
-        label = text
-        try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RecipeError(f"{label}: cannot read this recipe: {reason}") from error
-    try:
-        documents = list(yaml.load_all(text, Loader=_Loader))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{label}: not YAML: {error}") from error
-    return label, [document for document in documents if document is not None] or [None]
-
-
 def recipe_of(document: Document, problems: list[str]) -> Recipe:
     """The recipe a checked document describes; what makes no sense in it is added to `problems`."""
     if document.slices:
@@ -253,7 +179,7 @@ def recipe_of(document: Document, problems: list[str]) -> Recipe:
     base = document.base_model
     # mergekit's recipes list the base among the models; a method that does not look at it takes it as one model more
     listed_base = base is not None and methods.get(document.merge_method).uses_base
-    entries = [e for e in document.models if not (listed_base and _same_model(e.model, base))]
+    entries = [e for e in document.models if not (listed_base and same_model(e.model, base))]
     return Recipe(
         method=document.merge_method,
         base=base,
@@ -261,7 +187,7 @@ def recipe_of(document: Document, problems: list[str]) -> Recipe:
         parameters=document.parameters,
         dtype=document.dtype,
         out_dtype=document.out_dtype,
-        tokenizer=_tokenizer(document, problems),
+        tokenizer=tokenizer_choice(document, problems),
         chat_template=document.chat_template,
         continue_from=document.continue_from,
         keep_state=document.keep_state,
@@ -272,7 +198,7 @@ def _sliced(document: Document, problems: list[str]) -> Recipe:
     slices = [_slice(piece, f"slices[{k}]", document, problems) for k, piece in enumerate(document.slices)]
     base = document.base_model
     entries = [entry for piece in slices for entry in _slice_entry(piece)["sources"]]
-    models = dict.fromkeys(e["model"] for e in entries if base is None or not _same_model(e["model"], base))
+    models = dict.fromkeys(e["model"] for e in entries if base is None or not same_model(e["model"], base))
     return Recipe(
         method=document.merge_method,
         base=base,
@@ -280,7 +206,7 @@ def _sliced(document: Document, problems: list[str]) -> Recipe:
         parameters=document.parameters,
         dtype=document.dtype,
         out_dtype=document.out_dtype,
-        tokenizer=_tokenizer(document, problems),
+        tokenizer=tokenizer_choice(document, problems),
         chat_template=document.chat_template,
         continue_from=document.continue_from,
         keep_state=document.keep_state,
@@ -290,7 +216,7 @@ def _sliced(document: Document, problems: list[str]) -> Recipe:
 
 def _slice(piece: OutputSlice, where: str, document: Document, problems: list[str]) -> Slice:
     base = (piece.base_model or document.base_model) if methods.get(document.merge_method).uses_base else None
-    of_base = [s for s in piece.sources if base is not None and _same_model(s.model, base)]
+    of_base = [s for s in piece.sources if base is not None and same_model(s.model, base)]
     if base is not None and len(of_base) != 1:
         said = "twice among its sources" if of_base else "not among its sources; add it, with its layer_range"
         problems.append(f"{where}: base_model {base} is {said}")
@@ -329,56 +255,6 @@ def _has_filters(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
-def _tokenizer(document: Document, problems: list[str]) -> TokenizerChoice | None:
-    if document.tokenizer and document.tokenizer_source:
-        problems.append("tokenizer_source and tokenizer: both are given; keep one")
-    if document.tokenizer is None and document.tokenizer_source is None:
-        return None
-    entry = document.tokenizer or TokenizerEntry(source=document.tokenizer_source)
-    sources = [source for piece in document.slices for source in piece.sources]
-    models = [document.base_model, *(entry.model for entry in (*document.models, *sources))]
-    models = list(dict.fromkeys(model for model in models if model is not None))
-    source = next((model for model in models if _same_model(model, entry.source)), entry.source)
-    if source not in ("base", "union", *models) and not os.path.isdir(os.path.expanduser(source)):
-        known = nearest(source, {"base", "union", *models})
-        problems.append(f"tokenizer: source {source} is none of the models, and no folder{known}")
-    rules = {text: _rule(text, rule, models, problems) for text, rule in entry.tokens.items()}
-    return TokenizerChoice(source, rules, entry.pad_to_multiple_of)
-
-
-def _rule(text: str, entry: TokenEntry, models: list[str], problems: list[str]) -> TokenRule:
-    model, token = entry.source
-    known = next((known for known in models if model is not None and _same_model(model, known)), None)
-    if model is not None and known is None:
-        hint = "; a row of zeros is {kind: zero}" if model == "zero" else nearest(model, models)
-        problems.append(f"tokenizer.tokens.{text}: source {model} is none of the models{hint}")
-    return TokenRule(text, known, token, entry.force)
-
-
-def _tokenizer_entry(choice: TokenizerChoice | None) -> dict:
-    if choice is None:
-        return {}
-    if not choice.tokens and choice.pad_to_multiple_of is None:
-        return {"tokenizer_source": choice.source}
-    rules = {text: _rule_entry(rule) for text, rule in choice.tokens.items()}
-    padding = choice.pad_to_multiple_of
-    return {"tokenizer": _drop_empty({"source": choice.source, "tokens": rules, "pad_to_multiple_of": padding})}
-
-
-def _rule_entry(rule: TokenRule) -> dict:
-    source: Any = rule.model
-    if rule.model is None:
-        source = {"kind": "zero"}
-    elif rule.token is not None:
-        key = "token_id" if isinstance(rule.token, int) else "token"
-        source = {"kind": "model_token", "model": rule.model, key: rule.token}
-    return {"source": source, **({"force": True} if rule.force else {})}
-
-
-def _same_model(one: str, other: str) -> bool:
-    return os.path.normpath(one) == os.path.normpath(other)
-
-
 def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
     # names become file names: they differ without regard to case, and names that were asked for go first
     asked = [entry.name for entry in entries if entry.name is not None]
@@ -389,59 +265,11 @@ def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
         if name.lower() in taken:
             problems.append(f"name {name!r}: given to two experts")
         taken.add(name.lower())
-    return [ExpertEntry(e.model, e.name or _new_name(e.model, taken), e.parameters) for e in entries]
-
-
-def _new_name(model: str, taken: set[str]) -> str:
-    model, adapters = split_adapters(model)
-    path = PurePosixPath([model, *adapters][-1].replace(os.sep, "/").partition("@")[0])
-    if path.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
-        path = path.parent if path.stem in _GENERIC_FILES and path.parent.name else path.with_suffix("")
-    word = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name).lstrip(".-") or "expert"
-    name, number = word, 1
-    while name.lower() in taken:
-        number += 1
-        name = f"{word}-{number}"
-    taken.add(name.lower())
-    return name
-
-
-def _share_out(method: str, parameters: dict, models: list[dict]) -> tuple[dict, list[str]]:
-    """Move values meant for single experts to their entries; answer what is left for all, and the problems."""
-    known = methods.get(method).parameters
-    shared, problems = {}, []
-    for key, value in parameters.items():
-        per_expert = key in known and known[key].per_expert
-        if isinstance(value, Mapping) and not {"value"} <= set(value):
-            problems += _by_name(key, value, models)
-        elif per_expert and isinstance(value, (list, tuple)) and not any(isinstance(item, Mapping) for item in value):
-            problems += _in_order(key, value, models)
-        else:
-            shared[key] = list(value) if isinstance(value, tuple) else value
-    return shared, problems
-
-
-def _by_name(key: str, values: Mapping, models: list[dict]) -> list[str]:
-    names = named_experts([(entry["name"], entry["model"]) for entry in models])
-    for entry, name in zip(models, names, strict=True):
-        entry["name"] = name
-    entries = dict(zip(names, models, strict=True))
-    for name, value in values.items():
-        if name in entries:
-            entries[name]["parameters"][key] = value
-    return [f"{key}: no expert is called {name!r}{nearest(name, entries)}" for name in values if name not in entries]
-
-
-def _in_order(key: str, values: Sequence, models: list[dict]) -> list[str]:
-    if len(values) != len(models):
-        return [f"{key}: {len(values)} numbers for {len(models)} experts; give one for all or one for each"]
-    for entry, value in zip(models, values, strict=True):
-        entry["parameters"][key] = value
-    return []
+    return [ExpertEntry(e.model, e.name or new_name(e.model, taken), e.parameters) for e in entries]
 
 
 def _entry(expert: ExpertEntry) -> dict:
-    return _drop_empty({"model": expert.model, "name": expert.name, "parameters": _sorted(expert.parameters)})
+    return without_empty({"model": expert.model, "name": expert.name, "parameters": _sorted(expert.parameters)})
 
 
 def _slice_entry(piece: Slice) -> dict:
@@ -450,42 +278,8 @@ def _slice_entry(piece: Slice) -> dict:
     if piece.base_range:
         sources.insert(0, {"model": piece.recipe.base, "layer_range": list(piece.base_range)})
     own = {"base_model": piece.base, "parameters": _sorted(piece.parameters)}
-    return _drop_empty({"sources": [_drop_empty(source) for source in sources], **own})
-
-
-def _drop_empty(content: dict) -> dict:
-    return {key: value for key, value in content.items() if value not in (None, {}, [])}
+    return without_empty({"sources": [without_empty(source) for source in sources], **own})
 
 
 def _sorted(parameters: dict) -> dict:
     return dict(sorted(parameters.items()))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with two surprises less: a key given twice is an error, and 1e-5 is a number."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data):
-        return True
-
-
-def _represent_list(dumper: _Dumper, items: list):
-    flat = not any(isinstance(item, dict) for item in items)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flat)
-
-
-_Dumper.add_representer(list, _represent_list)
