@@ -17,7 +17,7 @@ from freemerge.chat_templates import chat_template
 from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.manifest import MergeInput, write_manifest
 from freemerge.checkpoint.memory import MemoryCheckpoint
-from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
+from freemerge.checkpoint.reader import Checkpoint, open_adapter, open_checkpoint
 from freemerge.checkpoint.source import split_adapters
 from freemerge.checkpoint.tokenizer import write_chat_template
 from freemerge.checkpoint.workdir import WorkDir
@@ -284,7 +284,8 @@ def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path, ori
     if plan.chat_template is not None:
         write_chat_template(folder, plan.chat_template)
     names = [expert.name for expert in recipe.experts] if method.writes_experts else []
-    write_card(folder, method=method.name, recipe=origin.text, inputs=origin.inputs, experts=names)
+    library = "peft" if method.merges_adapters else "transformers"
+    write_card(folder, method=method.name, recipe=origin.text, inputs=origin.inputs, experts=names, library=library)
     checksums = {name: record["checksum"] for name, record in records.items()}
     experts = {name: {} for name in names}
     write_manifest(
@@ -393,6 +394,9 @@ def _check_recipes(stages: Sequence[Stage], out: Path | None) -> None:
     """What can be said before any checkpoint is opened."""
     for stage in stages:
         insist_on(stage.recipe, methods.get(stage.recipe.method))
+    bare = [s.recipe.method for s in stages if methods.get(s.recipe.method).merges_adapters]
+    if bare and len(stages) > 1:
+        raise RecipeError(f"{bare[0]} merges adapters into an adapter: give it a recipe of one document")
     used = [*_parts(stages), *(stage.recipe.continue_from for stage in stages if stage.recipe.continue_from)]
     if out is not None and out.exists() and any(Path(m).exists() and out.samefile(m) for m in used):
         raise RecipeError(f"{out} is one of the inputs; choose another output directory")
@@ -420,10 +424,14 @@ def _open_all(stages: Sequence[Stage], allow_pickle: bool, stack: ExitStack) -> 
     """The models that no stage makes; all that cannot be opened in one error."""
     opened: dict[str, Checkpoint] = {}
     errors = []
+    bare = any(methods.get(stage.recipe.method).merges_adapters for stage in stages)
     for model in _inputs(stages):
         try:
-            beneath = _beneath(model, stages)
-            opened[model] = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle, base=beneath))
+            if bare:
+                checkpoint = open_adapter(model, allow_pickle=allow_pickle)
+            else:
+                checkpoint = open_checkpoint(model, allow_pickle=allow_pickle, base=_beneath(model, stages))
+            opened[model] = stack.enter_context(checkpoint)
         except CheckpointError as error:
             errors.append(error)
     if errors:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from freemerge import __version__
-from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
+from freemerge.adapters import check_factors
+from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shard, plan_shards
 from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.errors import CheckpointError, PlanError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
@@ -312,10 +313,11 @@ class Planner:
         """
         insist_on(recipe, method)
         matcher = self.matcher(recipe, method)
+        check_factors(method, [*([self.base] if method.uses_base else []), *self.experts], matcher.problems)
         if matcher.problems:
             raise PlanError(listed(matcher.problems, REMEDY))
         tasks = self.tasks(recipe, method, matcher.matches, dtypes)
-        shards = lay_out(tasks, shard_size)
+        shards = lay_out(tasks, shard_size, getattr(self.base, "weights_file", None))
         return Plan(recipe, method, self.base, self.experts, tasks, shards, matcher.warnings)
 
     def matcher(self, recipe: Recipe, method: Method) -> Matcher:
@@ -355,9 +357,17 @@ class Planner:
         return sum(checkpoint.nbytes_made(name) for checkpoint, name in inputs)
 
 
-def lay_out(tasks: list[TensorTask], shard_size: int | None) -> list[ShardPlan]:
-    """The shards of a result, its tasks brought into their order; none for one that is not written to files."""
-    shards = [] if shard_size is None else plan_shards([Entry(t.name, t.dtype, t.shape) for t in tasks], shard_size)
+def lay_out(tasks: list[TensorTask], shard_size: int | None, filename: str | None = None) -> list[ShardPlan]:
+    """The shards of a result, its tasks brought into their order; none for one that is not written to files.
+
+    Args:
+        filename: of the one file that a result has which is no model.
+    """
+    entries = [Entry(task.name, task.dtype, task.shape) for task in tasks]
+    if shard_size is None:
+        shards = []
+    else:
+        shards = [plan_shard(filename, entries)] if filename else plan_shards(entries, shard_size)
     order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
     tasks.sort(key=lambda task: order.get(task.name, 0))
     return shards

@@ -56,6 +56,7 @@ FAMILIES = {
     ),
     "Statistics of the whole model": ("ties_merging", "dare_ties_merging", "pcb", "tall_mask"),
     "Singular vectors": ("iso_c", "iso_cts", "tsvm", "opcm", "doge"),
+    "LoRA adapters": ("copa",),
     "Angles": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
     "One model": ("passthrough",),
 }
@@ -87,6 +88,10 @@ the 6e-8 (s_1/s) of the float32 decomposition of the official code down to the 1
 float64 decompositions the updates agree to 1e-5 of their largest entry, most of it the rounding of the weights.
 Nothing is truncated or random. NumPy's linear algebra has threads of its own; while files are streamed each worker
 has its share of the cores, and the last bits may depend on it.""",
+    "LoRA adapters": """\
+Every expert is an adapter as PEFT saves it, given alone, and so is the result, with the configuration of the first:
+rank, alpha, target modules and base have to agree. There is no base model; `base+OUT` applies the result to one. Any
+other method takes adapters applied to their base (`base+adapter`), where A of one never meets B of another.""",
     "Angles": """\
 Norms and dot products of all pairs are measured in one pass, in float64; the method works on these few numbers and
 ends in one weighted sum.""",

@@ -100,6 +100,8 @@ def check_recipe(recipe: Recipe, method) -> list[str]:
     problems = _check_state(recipe, method)
     if method.uses_base and not method.base_optional and recipe.base is None:
         problems.append(f"base_model: {method.name} merges differences from a base; say which model that is")
+    if method.merges_adapters and recipe.base is not None:
+        problems.append(f"base_model: {method.name} merges adapters alone; apply the result, base+adapter")
     if not recipe.experts:
         problems.append(_NO_EXPERT)
     problems += _check_all("parameters", recipe.parameters, method, shared=True)
@@ -117,7 +119,7 @@ def _check_state(recipe: Recipe, method) -> list[str]:
 
 def _check_slices(recipe: Recipe, method) -> list[str]:
     problems = _check_state(recipe, method) + _check_all("parameters", recipe.parameters, method, shared=True)
-    if method.writes_experts or method.scope == "model":
+    if method.writes_experts or method.merges_adapters or method.scope == "model":
         problems.append(f"slices: {method.name} looks at whole models; give them as models")
     for k, piece in enumerate(recipe.slices):
         # a slice of the base alone is its layers as they are

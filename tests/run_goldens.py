@@ -398,6 +398,15 @@ def doge(case: Case) -> dict[str, Callable[[], StateDict]]:
     return whole_weights(case, "doge", **given) | {"expected_shift": shift}
 
 
+def copa(case: Case) -> dict[str, Callable[[], StateDict]]:
+    def product():
+        merged = merge_state_dicts("copa", None, case.experts, **case.hyper)
+        stems = {name.rpartition(".lora_")[0] for name in merged}
+        return {f"{m}.delta_BA": merged[f"{m}.lora_B.weight"] @ merged[f"{m}.lora_A.weight"] for m in stems}
+
+    return plain(case) | {"expected_product": product}
+
+
 COMPUTE = {
     "average": lambda case: whole_weights(case, "average"),
     "task_arithmetic": lambda case: whole_weights(case, "task_arithmetic", scaling=case.hyper["lam"]),
@@ -406,6 +415,7 @@ COMPUTE = {
     "dare": dare,
     "ties": ties,
     "pcb": pcb,
+    "copa": copa,
     "fr_filter": fr_filter,
     "fr": fr,
     "free": free,

@@ -15,14 +15,14 @@ OPS = kernels.ops()
 
 # Lowest first; a module imports only from its own layer and those below.
 LAYERS = [
-    ["errors", "sizes"],
+    ["errors", "lora_names", "sizes"],
     ["kernels.array", "kernels.checks", "kernels.dispatch", "kernels"],
     [f"kernels.{op}" for op in OPS],
     ["kernels.triton", "kernels.cuda"],
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
-    ["vocabulary", "match", "plan", "slices", "stages", "running_state"],
+    ["adapters", "vocabulary", "match", "plan", "slices", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model", "experts.lora"],

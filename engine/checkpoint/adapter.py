@@ -14,6 +14,7 @@ from freemerge.checkpoint.header import few, shown
 from freemerge.checkpoint.low_rank import Change, LowRank
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels.array import is_float
+from freemerge.lora_names import part_of
 
 CONFIG = "adapter_config.json"
 SUPPORTED = "Adapters of peft_type LORA are read: plain, rsLoRA and DoRA. Merge others into their base with PEFT first."
@@ -33,7 +34,6 @@ REFUSED = {
 _CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 _PREFIX = re.compile(r"^base_model\.(model\.)?")
 _WRAPPER = re.compile(r"\.(base_layer|modules_to_save\.default|modules_to_save)(?=\.)")
-_PART = re.compile(r"(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(.+))?")
 
 
 class Adapter:
@@ -107,16 +107,12 @@ class _Reading:
         self._taken: dict[str, str] = {}
         names, whole = set(), []
         for key in adapter.checkpoint.tensors:
-            match = _PART.fullmatch(path := _plain(key))
-            if match is None:
+            part = part_of(path := _plain(key))
+            if part is None:
                 whole.append((key, path))
                 continue
-            module, part, rest = match.groups()
-            *name, kind = rest.split(".") if rest else ["weight"]
-            if kind not in ("weight", "bias"):
-                name, kind = [*name, kind], "weight"
-            names.add(".".join(name))
-            self._modules.setdefault(module, {})[f"{part}.{kind}"] = key
+            names.add(part.adapter)
+            self._modules.setdefault(part.module, {})[f"{part.part}.{part.kind}"] = key
         if len(names) > 1:  # A of one must never meet B of another
             several = ", ".join(sorted(name or "a nameless one" for name in names))
             self.problems.append(f"holds several adapters ({several}); save each on its own")

@@ -85,6 +85,7 @@ def write_card(
     recipe: str,
     inputs: Sequence[MergeInput],
     experts: Sequence[str] = (),
+    library: str = "transformers",
     command: Sequence[str] = ("freemerge", "merge", "recipe.yml", "OUT"),
 ) -> None:
     """Write the model card README.md.
@@ -92,6 +93,7 @@ def write_card(
     Args:
         recipe: YAML text.
         experts: names of the experts in experts/.
+        library: what loads the result.
         command: reproduces the result; recipe.yml in it stands for `recipe`.
     """
     import yaml
@@ -100,7 +102,7 @@ def write_card(
     shared = len(licenses) == 1 and not licenses & {None, SEE_INPUTS}
     front: dict[str, object] = {
         "base_model": list(dict.fromkeys(name.partition("@")[0] for item in inputs for name in item.models)),
-        "library_name": "transformers",
+        "library_name": library,
         "tags": ["merge", "freemerge"],
         **({"license": licenses.pop()} if shared else {"license": "other", "license_name": SEE_INPUTS}),
     }

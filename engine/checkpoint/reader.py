@@ -44,6 +44,18 @@ def open_checkpoint(
     return AdaptedCheckpoint(_open(found), opened)
 
 
+def open_adapter(source: str | os.PathLike, *, allow_pickle: bool = False):
+    """Open a LoRA adapter as a checkpoint of its own tensors, not applied to anything (bare_adapter.py).
+
+    Raises:
+        CheckpointError: as for open_checkpoint, or `source` is no adapter.
+    """
+    from freemerge.checkpoint.adapter import Adapter
+    from freemerge.checkpoint.bare_adapter import BareAdapter
+
+    return BareAdapter(Adapter(_open(find_source(source, allow_pickle=allow_pickle, adapter=True))))
+
+
 def _open(found: Source) -> "Checkpoint":
     if found.pickled:
         from freemerge.checkpoint.pickled import PickledCheckpoint

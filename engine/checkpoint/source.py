@@ -18,7 +18,7 @@ PREFERRED = (
     "diffusion_pytorch_model",
     "pytorch_model",
 )  # the names of whole models, where other files lie beside
-ADAPTER_REMEDY = "What follows '+' is an adapter's directory or hub name, as PEFT saves it."
+ADAPTER_REMEDY = "An adapter is a directory or hub name, alone or after MODEL+, as PEFT saves it."
 WANTED = "Give a directory, a weight file, or a hub name like org/name[@revision]."
 PICKLE_REMEDY = (
     "A pickled checkpoint can run code when it is read carelessly; torch's weights_only loader refuses all but "

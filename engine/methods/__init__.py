@@ -8,6 +8,7 @@ A method module `engine/methods/<name>.py` is found by its name. It holds
     SOURCE      paper and section of METHODS.md
     USES_BASE   False for a method that never looks at the base (optional, True)
     BASE_OPTIONAL  True for one that does without a base if none is given: `base` is None then (optional, False)
+    MERGES_ADAPTERS  True for one that merges the tensors of LoRA adapters, not of models (optional, False)
     VARIANTS    name of a variant -> the parameters it presets (optional)
     ALIASES     other names of parameters a recipe may use -> the parameter (optional; mergekit's `lambda`)
 
@@ -117,6 +118,7 @@ class Method:
     source: str
     uses_base: bool
     base_optional: bool
+    merges_adapters: bool
     writes_experts: bool
     keeps_state: bool
     variants: Mapping[str, Mapping[str, Any]]
@@ -179,6 +181,7 @@ def get(name: str) -> Method:
         source=module.SOURCE,
         uses_base=getattr(module, "USES_BASE", True),
         base_optional=getattr(module, "BASE_OPTIONAL", False),
+        merges_adapters=getattr(module, "MERGES_ADAPTERS", False),
         writes_experts=getattr(module, "WRITES_EXPERTS", False),
         keeps_state=getattr(module, "KEEPS_STATE", False),
         variants=getattr(module, "VARIANTS", {}),
