@@ -28,6 +28,7 @@ LAYERS = [
     ["stream", "resident", "experts.from_model", "experts.lora"],
     ["api"],
     ["session"],
+    ["integrations"],
     ["spectrum", "inspect", "info", "reference", "testing", "cli", "__main__"],
 ]
 
