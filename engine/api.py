@@ -28,6 +28,7 @@ from freemerge.experts.extract import Extraction
 from freemerge.experts.memory import MemoryExpert
 from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels import dispatch
+from freemerge.modules import plan_modules
 from freemerge.placement import check_together, lies_on_gpu
 from freemerge.plan import Plan, make_plan
 from freemerge.recipe import Recipe, load_recipe
@@ -163,7 +164,7 @@ def merge(
 def _plan(recipe: Recipe, opened: Mapping[str, Any], *, run_by: tuple[str, ...], shard_size: int) -> Plan:
     """The plan of one merge; without a base the first model is the one to copy from."""
     method = methods.get(recipe.method)
-    lay = plan_slices if recipe.slices else make_plan
+    lay = plan_modules if recipe.modules else plan_slices if recipe.slices else make_plan
     experts = [opened[expert.model] for expert in recipe.experts]
     vocabulary = plan_vocabulary(recipe, opened) if recipe.tokenizer else None
     plan = lay(recipe, method, opened[recipe.models[0]], experts, shard_size=shard_size, vocabulary=vocabulary)

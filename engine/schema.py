@@ -27,7 +27,6 @@ from freemerge.kernels.array import FLOATS
 FILTERED = {"filter", "value"}
 _DTYPES = {dtype.name: dtype for dtype in FLOATS}
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-_LATER = "not yet: {} with a later release; {}"
 
 
 def nearest(word: str, known) -> str:
@@ -61,14 +60,6 @@ def _method(name: str) -> str:
         return methods.get(name).name
     except FreemergeError as error:
         raise ValueError(str(error)) from None
-
-
-def _refused(what: str, remedy: str):
-    def refuse(value: Any) -> None:
-        if value:
-            raise ValueError(_LATER.format(f"{what} come", remedy))
-
-    return BeforeValidator(refuse)
 
 
 def _chat_template(value: str | None) -> str | None:
@@ -110,7 +101,7 @@ def _model(value: Any) -> str:
 def _model_of_mapping(value: dict) -> str:
     # mergekit also writes a model as {model: {path: ..., revision: ...}}
     if value.get("override_architecture"):
-        raise ValueError(_LATER.format("override_architecture comes", "merge models of one architecture"))
+        raise ValueError("override_architecture says nothing here, tensors are known by their names; leave it out")
     model, lora = _place_of(value.get("model", value)), _place_of(value.get("lora"))
     return f"{model}+{lora}" if model and lora else model
 
@@ -210,6 +201,18 @@ class OutputSlice(_Strict):
         return self
 
 
+class OutputModule(_Strict):
+    models: list[ModelEntry] = []
+    slices: list[OutputSlice] = []
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("models or slices, one of them is expected")
+        return self
+
+
 class Document(_Strict):
     name: str | None = None  # of several documents: what others call its result
     merge_method: Annotated[str, AfterValidator(_method)]
@@ -224,12 +227,13 @@ class Document(_Strict):
     continue_from: str | None = None  # freemerge's additions, for methods that keep a state
     keep_state: bool | None = None
     slices: list[OutputSlice] = []
-    modules: Annotated[None, _refused("modules", "merge whole models, or slices")] = None
+    modules: Annotated[dict[str, OutputModule], BeforeValidator(_parameters)] = {}
 
     @model_validator(mode="after")
     def _one_form(self):
-        if self.models and self.slices:
-            raise ValueError("models and slices: both are given; keep one")
+        given = [key for key in ("models", "slices", "modules") if getattr(self, key)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: {'both' if len(given) == 2 else 'all'} are given; keep one")
         source = self.tokenizer.source if self.tokenizer else self.tokenizer_source
         if self.continue_from and source not in (None, "base"):
             raise ValueError("continue_from: the earlier merge has the base's tokens; write tokenizer_source: base")
@@ -279,6 +283,7 @@ def _keys(parents: list) -> set[str]:
         "models": ModelEntry,
         "tokenizer": TokenizerEntry,
         "tokens": TokenEntry,
+        "modules": OutputModule,
         "slices": OutputSlice,
         "sources": SliceSource,
     }

@@ -97,6 +97,8 @@ def check_recipe(recipe: Recipe, method) -> list[str]:
     """Every problem of a recipe with its method, one sentence each; empty if there is none."""
     if recipe.slices:
         return _check_slices(recipe, method)
+    if recipe.modules:
+        return _check_modules(recipe, method)
     problems = _check_state(recipe, method)
     if method.uses_base and not method.base_optional and recipe.base is None:
         problems.append(f"base_model: {method.name} merges differences from a base; say which model that is")
@@ -126,6 +128,16 @@ def _check_slices(recipe: Recipe, method) -> list[str]:
         known = [*problems, *([_NO_EXPERT] if piece.base_range else [])]
         found = [problem for problem in check_recipe(piece.recipe, method) if problem not in known]
         problems += [f"slices[{k}]: {problem}" for problem in found]
+    return problems
+
+
+def _check_modules(recipe: Recipe, method) -> list[str]:
+    problems = _check_all("parameters", recipe.parameters, method, shared=True)
+    if method.writes_experts or method.scope == "model":
+        problems.append(f"modules: {method.name} looks at whole models; give them as models")
+    for module in recipe.modules:
+        found = [problem for problem in check_recipe(module.recipe, method) if problem not in problems]
+        problems += [f"modules.{module.name}: {problem}" for problem in found]
     return problems
 
 

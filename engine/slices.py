@@ -20,17 +20,13 @@ from freemerge.recipe import Recipe, Slice
 from freemerge.settings import config_parts, insist_on, is_embedding, layer_of, layer_stacks
 from freemerge.vocabulary import Vocabulary
 
-_COUNTS = (
-    "num_hidden_layers",
-    "num_layers",
-    "n_layers",
-    "n_layer",
-)  # config.json's words for how many layers there are
+# config.json's words for how many layers there are
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 
 
 @dataclass(frozen=True)
-class SlicedPlan(Plan):
-    """A plan whose tensors are merged by the plans of their slices: `parts`, by the tensor's name."""
+class PlanInParts(Plan):
+    """A plan whose tensors are merged by the plans of their slices, or modules: `parts`, by the tensor's name."""
 
     parts: Mapping[str, Plan] = field(default_factory=dict)
 
@@ -63,7 +59,7 @@ def plan_slices(
     *,
     shard_size: int | None,
     vocabulary: Vocabulary | None = None,
-) -> SlicedPlan:
+) -> PlanInParts:
     """The plan of a recipe with slices.
 
     Args:
@@ -102,7 +98,9 @@ def plan_slices(
         config = vocabulary.config(config)
     whole = CheckpointView(base, {name: (part.base, name) for name, part in parts.items()}, config)
     shards = lay_out(tasks, shard_size)
-    return SlicedPlan(recipe, method, whole, list(experts), tasks, shards, warnings, vocabulary=vocabulary, parts=parts)
+    return PlanInParts(
+        recipe, method, whole, list(experts), tasks, shards, warnings, vocabulary=vocabulary, parts=parts
+    )
 
 
 class _Stack:
@@ -223,14 +221,28 @@ def _kind(name: str, reference: _Stack) -> str:
 
 def _restacked(reference: _Stack, origins: list[tuple[dict | None, int]]) -> dict | None:
     """The configuration for layers of these configurations and numbers: how many, and lists with a word for each."""
-    config = copy.deepcopy(reference.config)
-    for p, part in enumerate(config_parts(config)):
-        counts = [key for key in _COUNTS if part.get(key) == reference.layers]
+    config, name = copy.deepcopy(reference.config), reference.name
+    for p, part in enumerate(_parts_about(name, config)):
+        counts = [key for key in _counts(name, part) if part.get(key) == reference.layers]
         for key in [key for key, value in part.items() if _one_for_each(key, value, reference.layers)]:
             with suppress(IndexError, KeyError):  # a model that does not say it
-                part[key] = [config_parts(other)[p][key][layer] for other, layer in origins]
+                part[key] = [_parts_about(name, other)[p][key][layer] for other, layer in origins]
         part |= dict.fromkeys(counts, len(origins))
     return config
+
+
+def _parts_about(stack: str, config: dict | None) -> list[dict]:
+    """The parts of a configuration that speak of a stack: vision_config of "vision_tower.blocks" or "visual.blocks"."""
+    others = {key: part for key, part in (config or {}).items() if key.endswith("_config") and isinstance(part, dict)}
+    named = [part for key, part in others.items() if key[:3] in stack and part not in config_parts(config)]
+    return named or config_parts(config)
+
+
+def _counts(stack: str, part: dict) -> list[str]:
+    """The words for its number of layers, of an encoder or decoder its own where there are any."""
+    side = next((word for word in stack.split(".") if word in ("encoder", "decoder")), None)
+    own = [key for key in (f"{side}_layers", f"num_{side}_layers") if key in part]
+    return own or list(_COUNTS)
 
 
 def _one_for_each(key: str, value: Any, layers: int) -> bool:

@@ -69,8 +69,11 @@ class Vocabulary:
 
     def shapes(self, checkpoint) -> dict[str, TensorInfo]:
         """The headers of a model as `aligned` would have them."""
-        sized = {name: (self.size, *checkpoint.tensors[name].shape[1:]) for name in token_tensors(checkpoint)}
-        return {name: replace(info, shape=sized.get(name, info.shape)) for name, info in checkpoint.tensors.items()}
+        sized = {name for model in self.models.values() for name in token_tensors(model)}
+        return {
+            name: replace(info, shape=(self.size, *info.shape[1:])) if name in sized else info
+            for name, info in checkpoint.tensors.items()
+        }
 
     def aligned(self, group: Sequence[tuple[str, Any]], base: str | None = None) -> list[Any]:
         """Checkpoints that are merged with each other, with rows for the tokens of this vocabulary.

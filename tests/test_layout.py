@@ -22,7 +22,7 @@ LAYERS = [
     ["methods", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
-    ["adapters", "vocabulary", "match", "plan", "slices", "stages", "running_state"],
+    ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model", "experts.lora"],

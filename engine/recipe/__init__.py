@@ -5,7 +5,7 @@ what a method makes of the parameters is in settings.py.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from freemerge.recipe.flags import share_out
 from freemerge.recipe.names import NAME, new_name, same_model
 from freemerge.recipe.text import REMEDY, read_documents, to_text, without_empty
 from freemerge.recipe.tokenizer import TokenizerChoice, tokenizer_choice, tokenizer_entry
-from freemerge.schema import Document, ModelEntry, OutputSlice, parse
+from freemerge.schema import Document, ModelEntry, OutputModule, OutputSlice, parse
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,27 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Module:
+    """A part of the model, and how it is merged.
+
+    Args:
+        name: what the names of its tensors begin with; one of several may be called otherwise, and has all the rest.
+        recipe: of models or slices, with the module's parameters before those of the whole.
+        parameters: what the module says itself.
+    """
+
+    name: str
+    recipe: "Recipe"
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A merge as the user described it; `settings.check_recipe` says whether its method agrees.
 
     Values of `parameters` are as written: a scalar, a gradient (list of numbers), or a list of {filter, value};
-    `settings.settings` resolves them for a tensor. With `slices`, `experts` are all models in them but the base.
+    `settings.settings` resolves them for a tensor. With `slices` or `modules`, `experts` are all models in them but the
+    base.
     """
 
     method: str
@@ -70,6 +86,7 @@ class Recipe:
     continue_from: str | None = None  # the output of an earlier merge, whose experts these come after
     keep_state: bool | None = None  # whether to leave what a later merge can continue from; None: if the method can
     slices: tuple[Slice, ...] = ()  # of layers, first to last
+    modules: tuple[Module, ...] = ()
     _compiled: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # of settings.py
 
     @property
@@ -121,18 +138,20 @@ class Recipe:
         given = {aliases.get(key, key) for key in parameters}
         for_all = {aliases.get(key, key) for key, value in parameters.items() if not isinstance(value, Mapping)}
         content = read_documents(self.to_yaml())[1][0]
-        parts = [part for piece in content.get("slices", ()) for part in (piece, *piece["sources"])]
+        parts = list(_parts(content))
         models = [_entry(expert) for expert in self.experts]
         for entry in (*parts, *models):
             said = entry.get("parameters", {}).items()
             entry["parameters"] = {key: value for key, value in said if aliases.get(key, key) not in for_all}
         shared, problems = share_out(self.method, dict(parameters), models)
-        if self.slices and any(entry["parameters"] for entry in models):
-            problems.append("with slices a parameter has one value for all experts; write others in the recipe")
+        in_parts = bool(self.slices or self.modules)
+        if in_parts and any(entry["parameters"] for entry in models):
+            said = "slices" if self.slices else "modules"
+            problems.append(f"with {said} a parameter has one value for all experts; write others in the recipe")
         if problems:
             raise RecipeError(listed(problems, "Correct the parameters."))
         kept = {key: value for key, value in self.parameters.items() if aliases.get(key, key) not in given}
-        changed = {**({} if self.slices else {"models": models}), "parameters": {**kept, **shared}}
+        changed = {**({} if in_parts else {"models": models}), "parameters": {**kept, **shared}}
         return load_recipe({**content, **changed, **({"out_dtype": dtype} if dtype else {})})
 
     def to_yaml(self) -> str:
@@ -140,8 +159,8 @@ class Recipe:
         content = {
             "merge_method": self.method,
             "base_model": self.base,
-            "models": [] if self.slices else [_entry(expert) for expert in self.experts],
-            "slices": [_slice_entry(piece) for piece in self.slices],
+            **_merged_entry(self),
+            "modules": {module.name: _module_entry(module) for module in self.modules},
             "parameters": _sorted(self.parameters),
             "dtype": self.dtype and self.dtype.name,
             "out_dtype": self.out_dtype and self.out_dtype.name,
@@ -174,43 +193,61 @@ def load_recipe(source: str | os.PathLike | Mapping[str, Any]) -> Recipe:
 
 def recipe_of(document: Document, problems: list[str]) -> Recipe:
     """The recipe a checked document describes; what makes no sense in it is added to `problems`."""
+    if list(document.modules) == ["default"]:  # mergekit's word for all of a model that has one module
+        document = _of_module(document, document.modules["default"])
+    if document.modules:
+        return _modular(document, problems)
     if document.slices:
         return _sliced(document, problems)
     base = document.base_model
     # mergekit's recipes list the base among the models; a method that does not look at it takes it as one model more
     listed_base = base is not None and methods.get(document.merge_method).uses_base
     entries = [e for e in document.models if not (listed_base and same_model(e.model, base))]
-    return Recipe(
-        method=document.merge_method,
-        base=base,
-        experts=tuple(_named(entries, problems)),
-        parameters=document.parameters,
-        dtype=document.dtype,
-        out_dtype=document.out_dtype,
-        tokenizer=tokenizer_choice(document, problems),
-        chat_template=document.chat_template,
-        continue_from=document.continue_from,
-        keep_state=document.keep_state,
-    )
+    return _assembled(document, entries, problems)
 
 
 def _sliced(document: Document, problems: list[str]) -> Recipe:
     slices = [_slice(piece, f"slices[{k}]", document, problems) for k, piece in enumerate(document.slices)]
+    models = [entry["model"] for piece in slices for entry in _slice_entry(piece)["sources"]]
+    return _assembled(document, _experts_among(models, document), problems, slices=tuple(slices))
+
+
+def _modular(document: Document, problems: list[str]) -> Recipe:
+    modules = []
+    for name, entry in document.modules.items():
+        of_whole = dict.fromkeys(("tokenizer", "tokenizer_source", "chat_template", "continue_from", "keep_state"))
+        recipe = recipe_of(_of_module(document, entry).model_copy(update=of_whole), found := [])
+        problems += [f"modules.{name}: {problem}" for problem in found]
+        modules.append(Module(name, recipe, entry.parameters))
+    models = [model for module in modules for model in module.recipe.models]
+    return _assembled(document, _experts_among(models, document), problems, modules=tuple(modules))
+
+
+def _of_module(document: Document, entry: OutputModule) -> Document:
+    parameters = _before(entry.parameters, document.parameters, document.merge_method)
+    changed = {"modules": {}, "models": entry.models, "slices": entry.slices, "parameters": parameters}
+    return document.model_copy(update=changed)
+
+
+def _experts_among(models: list[str], document: Document) -> list[ModelEntry]:
     base = document.base_model
-    entries = [entry for piece in slices for entry in _slice_entry(piece)["sources"]]
-    models = dict.fromkeys(e["model"] for e in entries if base is None or not same_model(e["model"], base))
+    experts = dict.fromkeys(model for model in models if base is None or not same_model(model, base))
+    return [ModelEntry(model=model) for model in experts]
+
+
+def _assembled(document: Document, entries: list[ModelEntry], problems: list[str], **parts: tuple) -> Recipe:
     return Recipe(
         method=document.merge_method,
-        base=base,
-        experts=tuple(_named([ModelEntry(model=model) for model in models], problems)),
+        base=document.base_model,
+        experts=tuple(_named(entries, problems)),
         parameters=document.parameters,
         dtype=document.dtype,
         out_dtype=document.out_dtype,
-        tokenizer=tokenizer_choice(document, problems),
+        tokenizer=tokenizer_choice(document, [entry.model for entry in entries], problems),
         chat_template=document.chat_template,
         continue_from=document.continue_from,
         keep_state=document.keep_state,
-        slices=tuple(slices),
+        **parts,
     )
 
 
@@ -270,6 +307,27 @@ def _named(entries: list[ModelEntry], problems: list[str]) -> list[ExpertEntry]:
 
 def _entry(expert: ExpertEntry) -> dict:
     return without_empty({"model": expert.model, "name": expert.name, "parameters": _sorted(expert.parameters)})
+
+
+def _merged_entry(recipe: Recipe) -> dict:
+    if recipe.modules:
+        return {}
+    if recipe.slices:
+        return {"slices": [_slice_entry(piece) for piece in recipe.slices]}
+    return {"models": [_entry(expert) for expert in recipe.experts]}
+
+
+def _module_entry(module: Module) -> dict:
+    return without_empty({**_merged_entry(module.recipe), "parameters": _sorted(module.parameters)})
+
+
+def _parts(content: dict) -> Iterator[dict]:
+    """Everything within plain data of a recipe, other than models of the whole, that may have parameters."""
+    for piece in content.get("slices", ()):
+        yield from (piece, *piece["sources"])
+    for module in content.get("modules", {}).values():
+        yield from (module, *module.get("models", ()))
+        yield from _parts(module)
 
 
 def _slice_entry(piece: Slice) -> dict:

@@ -1,6 +1,7 @@
 """A recipe's `tokenizer`: whose tokens the result has, and rules for some of them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,16 +42,18 @@ class TokenizerChoice:
     pad_to_multiple_of: int | None = None
 
 
-def tokenizer_choice(document: Document, problems: list[str]) -> TokenizerChoice | None:
-    """What a checked document says of it; what makes no sense in it is added to `problems`."""
+def tokenizer_choice(document: Document, experts: Sequence[str], problems: list[str]) -> TokenizerChoice | None:
+    """What a checked document says of it; what makes no sense in it is added to `problems`.
+
+    Args:
+        experts: the models that are merged, beside the base.
+    """
     if document.tokenizer and document.tokenizer_source:
         problems.append("tokenizer_source and tokenizer: both are given; keep one")
     if document.tokenizer is None and document.tokenizer_source is None:
         return None
     entry = document.tokenizer or TokenizerEntry(source=document.tokenizer_source)
-    sources = [source for piece in document.slices for source in piece.sources]
-    models = [document.base_model, *(entry.model for entry in (*document.models, *sources))]
-    models = list(dict.fromkeys(model for model in models if model is not None))
+    models = list(dict.fromkeys(model for model in (document.base_model, *experts) if model is not None))
     source = next((model for model in models if same_model(model, entry.source)), entry.source)
     if source not in ("base", "union", *models) and not os.path.isdir(os.path.expanduser(source)):
         known = nearest(source, {"base", "union", *models})
