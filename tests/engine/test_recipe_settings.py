@@ -28,6 +28,7 @@ METHOD = types.SimpleNamespace(
     name="toy",
     uses_base=True,
     base_optional=False,
+    merges_adapters=False,
     keeps_state=False,
     variants={"vit8": {"scaling": 0.7, "density": 0.01, "radius_from": "max"}, "llm": {"scaling": 1.1}},
     aliases={"lambda": "scaling"},
