@@ -37,7 +37,7 @@ whole *model*, which is then read in sweeps before the first tensor is merged.""
 
 # Every method is in one family, in the order of the page.
 FAMILIES = {
-    "Sums and averages": ("average", "linear", "task_arithmetic", "adamerging"),
+    "Sums and averages": ("average", "linear", "task_arithmetic", "adamerging", "adamerging_plus_plus"),
     "Filtered task vectors": ("fr", "free"),
     "Some entries of each task vector": (
         "ties",

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from freemerge import merge_state_dicts, methods
+from freemerge.experts.interventions import INTERVENTIONS, at_position
 from freemerge.kernels._masks import pack_mask
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 from freemerge.kernels.balance_scores import balance_scores
@@ -407,6 +409,14 @@ def copa(case: Case) -> dict[str, Callable[[], StateDict]]:
     return plain(case) | {"expected_product": product}
 
 
+def intervmerge(case: Case) -> dict[str, Callable[[], StateDict]]:
+    given = {name.lower(): array for name, array in case.groups["aux"].items() if name != "h"}
+    if case.variant == "miniInterv_best_efficient":
+        given["block"] = case.hyper["layer_index"]
+    hidden, act = case.groups["aux"]["h"], partial(INTERVENTIONS[case.variant], **given)
+    return {"expected_forward": lambda: {"h_out": at_position(hidden, case.hyper["position"], act)}}
+
+
 COMPUTE = {
     "average": lambda case: whole_weights(case, "average"),
     "task_arithmetic": lambda case: whole_weights(case, "task_arithmetic", scaling=case.hyper["lam"]),
@@ -416,6 +426,7 @@ COMPUTE = {
     "ties": ties,
     "pcb": pcb,
     "copa": copa,
+    "intervmerge": intervmerge,
     "fr_filter": fr_filter,
     "fr": fr,
     "free": free,

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from freemerge.errors import RecipeError
-from freemerge.kernels.array import Array
+from freemerge.kernels.array import Array, is_tensor, numel, task_vector
 from freemerge.kernels.sign_majority import sign_majority
 from freemerge.methods import _order_statistics
 from freemerge.methods._order_statistics import Search
+from freemerge.methods._task_vectors import add_update, namespace
 
+RUN, RUN_ON_GPU = 1 << 16, 1 << 22  # elements that add_selected has temporary arrays of at a time
 SWEEPS = _order_statistics.SWEEPS + 1  # thresholds, then the majority sign
 
 
@@ -44,6 +46,37 @@ def settle_trim(
     if settled.digits < _order_statistics.SWEEPS:
         return _order_statistics.narrowed(settled, statistics.values())
     return Trim(settled.values, int(np.sign(sum(map(int, statistics.values())))))
+
+
+def add_selected(base: Array, experts: Sequence[Array], trim: Trim, weights: Sequence[float], *, out: Array) -> None:
+    """Write base + sum_t weights[t] * the entries of trimmed task vector t that have the elected sign.
+
+    Float32 in the order of `experts`, one rounding. Arrays are of one shape, contiguous.
+    """
+    base, out = base.reshape(-1), out.reshape(-1)
+    experts = [expert.reshape(-1) for expert in experts]
+    step = RUN_ON_GPU if is_tensor(out) else RUN
+    for begin in range(0, numel(out), step):
+        run = slice(begin, begin + step)
+        selected = _weighted_selection(base[run], [expert[run] for expert in experts], trim, weights)
+        add_update(base[run], selected, 1.0, out=out[run])
+
+
+def _weighted_selection(base: Array, experts: Sequence[Array], trim: Trim, weights: Sequence[float]) -> Array:
+    xp = namespace(base)
+
+    def trimmed(t: int) -> Array:
+        vector = task_vector(base, experts[t])
+        return xp.where(abs(vector) < trim.floors[t], 0, vector)
+
+    votes = sum(map(trimmed, range(len(experts))))
+    signs = xp.where(votes == 0, trim.zeros, xp.sign(votes))
+    signs = xp.where(signs == 0, -1, signs)  # of a model whose signs are in balance, as in the official code
+    total = xp.zeros_like(votes)
+    for t, weight in enumerate(weights):
+        entries = trimmed(t)
+        total += weight * xp.where(xp.sign(entries) == signs, entries, 0)
+    return total
 
 
 def check_trim(density: float, mask_rate: float | None) -> None:

@@ -7,7 +7,7 @@ The coefficients are learnt elsewhere. Layer by layer they are given as
         parameters:
           weight: [{filter: layers.0., value: 0.27}, {filter: layers.1., value: 0.41}, {value: 0.3}]
 
-IntervMerge's arithmetic (arXiv:2412.17023) is the same.
+IntervMerge's arithmetic (arXiv:2412.17023) is the same. AdaMerging++ is `adamerging_plus_plus`.
 """
 
 from collections.abc import Sequence

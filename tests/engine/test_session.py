@@ -28,6 +28,7 @@ MANY = [
     ("free", {"variant": "script", "scaling": 0.2}),
     ("free", {"selection": "model"}),
     ("adamerging", {"weight": [0.2, 0.5, 1.3]}),
+    ("adamerging_plus_plus", {"weight": [0.2, 0.5, 1.3]}),
     ("doge", {"steps": 20}),
     ("iso_c", {"averaged": ["embed"]}),
     ("iso_cts", {"scaling": 0.7}),

@@ -8,7 +8,8 @@ from freemerge.kernels.array import BFLOAT16
 from freemerge.testing import from_gpu, poisoned, random_array, to_gpu
 
 SHAPES = {"a.weight": (20, 37), "b.weight": (24, 16), "c.bias": (19,)}
-EXACT = ("adamerging", "tall_mask")  # elementwise: to a bit; the others through torch's LAPACK or cuSOLVER
+# elementwise: to a bit; the others through torch's LAPACK or cuSOLVER
+EXACT = ("adamerging", "adamerging_plus_plus", "tall_mask")
 DTYPES = [np.dtype(np.float32), BFLOAT16]
 
 
@@ -29,7 +30,7 @@ def merged(method, base, experts, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", ["adamerging", "doge", "iso_c", "iso_cts", "opcm", "tall_mask", "tsvm"])
+@pytest.mark.parametrize("method", [*EXACT, "doge", "iso_c", "iso_cts", "opcm", "tsvm"])
 def test_tensors_as_arrays(method, dtype):
     base = {name: random_array(shape, dtype, i) for i, (name, shape) in enumerate(SHAPES.items())}
     experts = [

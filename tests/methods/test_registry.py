@@ -39,7 +39,7 @@ def test_parameters_are_read_from_the_signature():
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(RecipeError, match="did you mean task_arithmetic"):
         methods.get("task_arithmetics")
-    with pytest.raises(RecipeError, match="there are adamerging, arcee_fusion, average"):
+    with pytest.raises(RecipeError, match="there are adamerging, adamerging_plus_plus, arcee_fusion"):
         methods.get("zzz")
 
 
