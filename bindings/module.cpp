@@ -8,6 +8,7 @@ namespace py = pybind11;
 void bind_add_balanced(py::module_&);
 void bind_add_elected(py::module_&);
 void bind_add_masked(py::module_&);
+void bind_add_masked_vector(py::module_&);
 void bind_add_scaled_rows(py::module_&);
 void bind_add_task_vectors(py::module_&);
 void bind_add_trimmed(py::module_&);
@@ -26,6 +27,7 @@ void bind_near_swap(py::module_&);
 void bind_sparse_rows(py::module_&);
 void bind_task_vector_statistics(py::module_&);
 void bind_task_vector_variance(py::module_&);
+void bind_unified_vector(py::module_&);
 void bind_weighted_sum(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
@@ -36,6 +38,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_add_balanced(m);
   bind_add_elected(m);
   bind_add_masked(m);
+  bind_add_masked_vector(m);
   bind_add_scaled_rows(m);
   bind_add_task_vectors(m);
   bind_add_trimmed(m);
@@ -54,5 +57,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_sparse_rows(m);
   bind_task_vector_statistics(m);
   bind_task_vector_variance(m);
+  bind_unified_vector(m);
   bind_weighted_sum(m);
 }

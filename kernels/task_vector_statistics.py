@@ -47,19 +47,20 @@ def task_vector_statistics(base: Array | None, experts: Sequence[Array]) -> Task
 
 def task_vector_statistics_reference(base: Array | None, experts: Sequence[Array]) -> Array:
     result = np.zeros((len(experts), 4))
-    for expert, (total, total_abs, total_squares, largest) in zip(experts, result[:, :, None], strict=True):
-        values = task_vector(base, expert).ravel()
-        for start in range(0, values.size, CHUNK):
-            chunk = values[start : start + CHUNK]
-            lanes = np.zeros((-(-chunk.size // LANES), LANES))
-            lanes.ravel()[: chunk.size] = chunk
-            total += _sum(lanes)
-            total_abs += _sum(np.abs(lanes))
-            total_squares += _sum(lanes * lanes)
-            largest[...] = np.maximum(largest, np.max(np.abs(lanes)))
+    for expert, statistics in zip(experts, result, strict=True):
+        values = task_vector(base, expert)
+        largest = np.max(np.abs(values), initial=0.0)
+        statistics[:] = sum_in_order(values), sum_in_order(np.abs(values)), sum_in_order(values, squares=True), largest
     return result
 
 
-def _sum(lanes: Array) -> np.float64:
-    # cumsum, unlike sum, adds strictly in order
-    return np.cumsum(np.cumsum(lanes, axis=0)[-1])[-1]
+def sum_in_order(values: Array, *, squares: bool = False) -> float:
+    """The sum of float32 values, or of their squares, as every compiled op forms it: by chunks, by lanes within one."""
+    total, values = 0.0, values.reshape(-1)
+    for start in range(0, values.size, CHUNK):
+        chunk = values[start : start + CHUNK]
+        lanes = np.zeros((-(-chunk.size // LANES), LANES))
+        lanes.ravel()[: chunk.size] = chunk
+        # cumsum, unlike sum, adds strictly in order
+        total += np.cumsum(np.cumsum(lanes * lanes if squares else lanes, axis=0)[-1])[-1]
+    return total
