@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -25,8 +26,8 @@ from freemerge.checkpoint.writer import CheckpointWriter
 from freemerge.documents import Stage, load_stages, stages_yaml
 from freemerge.errors import CheckpointError, InputError, RecipeError, UnavailableError, gathered
 from freemerge.experts.extract import Extraction
-from freemerge.experts.memory import MemoryExpert
-from freemerge.experts.sidecar import SidecarWriter
+from freemerge.experts.memory import ExpertsInMemory, MemoryExpert, apply_experts
+from freemerge.experts.sidecar import ExpertFolder
 from freemerge.kernels import dispatch
 from freemerge.modules import plan_modules
 from freemerge.placement import check_together, lies_on_gpu
@@ -67,9 +68,26 @@ class Result:
 
 
 class MergedStateDict(dict):
-    """Merged tensors by name; `experts` are those a method like free leaves beside them."""
+    """Merged tensors by name; `experts` are those a method like free leaves beside them, `shared` what they share."""
 
     experts: tuple[MemoryExpert, ...] = ()
+    shared: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+    def with_experts(self, weights: Mapping[str, float]) -> dict[str, Any]:
+        """This model plus the sum of weight * expert, with one rounding: a new state dict.
+
+            merged.with_experts({"math": 0.7, "code": 0.3})
+
+        Args:
+            weights: of experts by name, a router's probabilities, say.
+
+        Raises:
+            InputError: there is no such expert; or several are given, of which one replaces entries.
+        """
+        known = {expert.name: expert for expert in self.experts}
+        if missing := sorted(set(weights) - set(known)):
+            raise InputError(f"no expert {', '.join(map(repr, missing))}; there are: {', '.join(known) or 'none'}")
+        return apply_experts(self, [(known[name], float(weight)) for name, weight in weights.items()])
 
 
 def merge(
@@ -155,7 +173,7 @@ def merge(
                 _run_stages(stages, plans, opened, folder, Path(out), plan_one, run_one, progress)
         else:
             run_one(last, Path(out), progress=progress)
-        names = tuple(expert.name for expert in last.recipe.experts) if last.method.writes_experts else ()
+        names = tuple(expert.name for expert in last.recipe.experts) if last.leaves_experts else ()
         bytes_in, bytes_out = (sum(getattr(p, key) for p in plans.values()) for key in ("bytes_in", "bytes_out"))
         warnings = tuple(warning for plan in plans.values() for warning in plan.warnings)
         return Result(Path(out), len(last.tasks), names, bytes_in, bytes_out, time.perf_counter() - start, warnings)
@@ -284,7 +302,7 @@ def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path, ori
     copy_side_files(plan.base, folder, dtype=plan.dtype, tokenizer=tokenizer, config=plan.config)
     if plan.chat_template is not None:
         write_chat_template(folder, plan.chat_template)
-    names = [expert.name for expert in recipe.experts] if method.writes_experts else []
+    names = [expert.name for expert in recipe.experts] if plan.leaves_experts else []
     library = "peft" if method.merges_adapters else "transformers"
     write_card(folder, method=method.name, recipe=origin.text, inputs=origin.inputs, experts=names, library=library)
     checksums = {name: record["checksum"] for name, record in records.items()}
@@ -300,13 +318,7 @@ def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path, ori
 
 
 def _extraction_to_disk(plan: Plan, sink: DiskSink, folder: Path, fsync: bool) -> Extraction | None:
-    if not plan.method.writes_experts:
-        return None
-
-    def open_sidecar(name: str, entries):
-        return SidecarWriter(folder / f"{name}.safetensors", entries, fsync=fsync)
-
-    return Extraction(plan, sink, open_sidecar)
+    return Extraction(plan, sink, ExpertFolder(folder, fsync=fsync)) if plan.leaves_experts else None
 
 
 def merge_state_dicts(
@@ -354,17 +366,17 @@ def merge_state_dicts(
     plan = make_plan(recipe, methods.get(recipe.method), reference, found, shard_size=1 << 62)
     dispatch.set_threads(threads)
     check_together(plan)
-    cut_out = {name: MemoryExpert(name) for name in named} if plan.method.writes_experts else {}
+    beside = ExpertsInMemory()
     with _out_of_memory_explained():
         sink = MemorySink(plan)
-        extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
+        extraction = Extraction(plan, sink, beside) if plan.leaves_experts else None
         run = {"extraction": extraction, "check_finite": check_finite}
         if lies_on_gpu(plan):
             resident.run(plan, sink, **run)
         else:
             Stream(plan, sink, max_memory=1 << 62, accelerators=accelerators, **run).run()
     merged = MergedStateDict((name, reference.like_input(name, sink.tensors[name])) for name in reference.tensors)
-    merged.experts = tuple(cut_out.values())
+    merged.experts, merged.shared = tuple(beside.experts.values()), beside.shared
     return merged
 
 

@@ -89,8 +89,13 @@ class Plan:
 
     @property
     def measured(self) -> list[TensorTask]:
-        """The tensors that a method of model scope looks at before it merges any."""
+        """The tensors that are merged: a method of model scope looks at all of them before it merges any."""
         return [task for task in self.tasks if task.settings is not None and not task.match.same_as]
+
+    @property
+    def leaves_experts(self) -> bool:
+        """Whether experts are written beside the result."""
+        return any(self.method.leaves_experts(task.settings) for task in self.measured[:1])
 
     @property
     def bytes_out(self) -> int:
@@ -346,7 +351,8 @@ class Planner:
             chosen = settings(recipe, method, name, self._positions[name])
             planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen) if plan_tensor else plain
             # an expert is cut out of whole tensors
-            elementwise = method.scope == "element" or (planned.elementwise and not method.writes_experts)
+            by_runs = method.scope == "element" or planned.elementwise
+            elementwise = by_runs and not method.leaves_experts(chosen)
             done = (planned.transform, planned.workspace, elementwise, self._made(method, match))
             tasks.append(TensorTask(name, info.shape, dtype, match, chosen, *done))
         return tasks

@@ -57,6 +57,7 @@ FAMILIES = {
     "Statistics of the whole model": ("ties_merging", "dare_ties_merging", "pcb", "tall_mask"),
     "Singular vectors": ("iso_c", "iso_cts", "tsvm", "opcm", "doge"),
     "LoRA adapters": ("copa",),
+    "Experts beside a backbone": ("emr",),
     "Angles": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
     "One model": ("passthrough",),
 }
@@ -92,6 +93,12 @@ has its share of the cores, and the last bits may depend on it.""",
 Every expert is an adapter as PEFT saves it, given alone, and so is the result, with the configuration of the first:
 rank, alpha, target modules and base have to agree. There is no base model; `base+OUT` applies the result to one. Any
 other method takes adapters applied to their base (`base+adapter`), where A of one never meets B of another.""",
+    "Experts beside a backbone": """\
+What is published is a backbone, a plain checkpoint, with an expert for each model in `experts/NAME.safetensors`. For
+each tensor an expert holds a part: sparse rows (as those of `free`), a mask of a vector that all experts share (kept
+once, in `experts/shared/METHOD.safetensors`), a low-rank product, or a difference. `freemerge experts list` says what
+they are and how large; `freemerge experts apply MERGED math OUT` writes the backbone with one in it,
+`freemerge experts apply MERGED math=0.7,code=0.3 OUT` with a weighted sum, as a router's probabilities ask for.""",
     "Angles": """\
 Norms and dot products of all pairs are measured in one pass, in float64; the method works on these few numbers and
 ends in one weighted sum.""",

@@ -56,7 +56,11 @@ def _merge_task(plan: Plan, task: TensorTask, sink, extraction, watch: "_Finiten
         if watch is not None:
             watch.look_at(task, run_out)
     if extraction is not None and task.settings is not None:
-        extraction.extract(task, base, out, experts)
+        cut = extraction.cut(task, base, out, experts)
+        if watch is not None and cut is not None:
+            for array in cut.floats:
+                watch.look_at(task, array)
+        extraction.write(task, cut)
     if not there:
         sink.write(task.name, 0, out)
 
@@ -91,7 +95,7 @@ class _Finiteness:
         self._largest: list[tuple[TensorTask, Array]] = []
 
     def look_at(self, task: TensorTask, out: Array) -> None:
-        if not is_float(task.dtype) or not numel(out):
+        if not is_float(dtype_of(out)) or not numel(out):
             return
         if is_tensor(out):
             self._largest.append((task, _largest_magnitude(out)))

@@ -13,7 +13,7 @@ from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, FreemergeError, RecipeError, UnavailableError, listed
 from freemerge.experts.extract import Extraction
-from freemerge.experts.memory import MemoryExpert
+from freemerge.experts.memory import ExpertsInMemory
 from freemerge.inputs import Inputs, Model
 from freemerge.kernels import dispatch
 from freemerge.kernels.array import Array, is_float, is_tensor
@@ -174,12 +174,12 @@ class Session:
     def _merge_into_new(self, plan: Plan, check_finite: bool) -> MergedStateDict:
         with _said_of_memory():
             sink = MemorySink(plan)
-        cut_out = {name: MemoryExpert(name) for name in self._inputs.experts} if plan.method.writes_experts else {}
-        extraction = Extraction(plan, sink, lambda name, entries: cut_out[name]) if cut_out else None
+        beside = ExpertsInMemory()
+        extraction = Extraction(plan, sink, beside) if plan.leaves_experts else None
         self._run(plan, sink, check_finite, extraction)
         results = {id(array): self._as_result(array) for array in sink.tensors.values()}
         merged = MergedStateDict((name, results[id(sink.tensors[name])]) for name in plan.base.tensors)
-        merged.experts = tuple(cut_out.values())
+        merged.experts, merged.shared = tuple(beside.experts.values()), beside.shared
         return merged
 
     def _merge_into(self, plan: Plan, targets: Targets, check_finite: bool) -> None:

@@ -121,7 +121,7 @@ def _check_state(recipe: Recipe, method) -> list[str]:
 
 def _check_slices(recipe: Recipe, method) -> list[str]:
     problems = _check_state(recipe, method) + _check_all("parameters", recipe.parameters, method, shared=True)
-    if method.writes_experts or method.merges_adapters or method.scope == "model":
+    if method.leaves_experts(recipe.parameters) or method.merges_adapters or method.scope == "model":
         problems.append(f"slices: {method.name} looks at whole models; give them as models")
     for k, piece in enumerate(recipe.slices):
         # a slice of the base alone is its layers as they are

@@ -191,11 +191,12 @@ class Stream:
             if self.check_finite and is_float(task.dtype) and not all_finite(out):
                 self._note_nonfinite(unit, base, experts)
                 return
-            record = (
-                self.extraction.extract(task, base, out, experts)
-                if self.extraction and task.settings is not None
-                else {}
-            )
+            extraction = self.extraction if task.settings is not None else None
+            cut = extraction.cut(task, base, out, experts) if extraction else None
+            if self.check_finite and cut and not all(map(all_finite, cut.floats)):
+                self._note_nonfinite(unit, base, experts)
+                return
+            record = extraction.write(task, cut) if extraction else {}
             pieces = self._pieces(task)
             where.store(unit, out, partial(_hash, pieces, task))
         if pieces and self._is_complete(task, pieces):

@@ -19,7 +19,7 @@ LAYERS = [
     ["kernels.array", "kernels.checks", "kernels.dispatch", "kernels"],
     [f"kernels.{op}" for op in OPS],
     ["kernels.triton", "kernels.cuda"],
-    ["methods", "checkpoint"],
+    ["methods", "parts", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
     ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],

@@ -138,7 +138,7 @@ def _expert_section(experts: Sequence[str]) -> str:
     return "\n".join(
         [
             "## Experts\n",
-            "Beside the merged backbone lie sparse experts, one for each task:\n",
+            "Beside the merged backbone lie experts, one for each task:\n",
             *lines,
             "",
             "Backbone and expert make a plain checkpoint for that task:\n",

@@ -1,4 +1,4 @@
-"""freemerge experts: the sparse experts beside a merged model, and fine-tunes as adapters."""
+"""freemerge experts: the experts beside a merged model, and fine-tunes as adapters."""
 
 from dataclasses import asdict
 
@@ -9,13 +9,13 @@ from freemerge.cli.output import print_json, print_table, progress_bar
 from freemerge.errors import InputError
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="List, apply or extract the sparse experts of a merged model."
+    no_args_is_help=True, rich_markup_mode=None, help="List, apply or extract the experts of a merged model."
 )
 
 
 @app.command("list")
 def list_command(
-    merged: str = typer.Argument(..., help="A folder written by freemerge merge with method free."),
+    merged: str = typer.Argument(..., help="A folder written by freemerge merge with experts."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """List the experts of a merged model.
@@ -33,20 +33,39 @@ def list_command(
 
 @app.command("apply")
 def apply_command(
-    merged: str = typer.Argument(..., help="A folder written by freemerge merge with method free."),
-    name: str = typer.Argument(..., help="The expert, as `freemerge experts list` names it."),
+    merged: str = typer.Argument(..., help="A folder written by freemerge merge with experts."),
+    experts: str = typer.Argument(
+        ..., help="An expert, as `freemerge experts list` names it, or several with weights: math=0.7,code=0.3."
+    ),
     out: str = typer.Argument(..., metavar="OUT", help="The folder to write."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in OUT, once the result is complete."),
     no_fsync: bool = typer.Option(False, "--no-fsync", help="Do not wait for the disk."),
 ) -> None:
-    """Write a plain checkpoint: the merged model with one expert in it.
+    """Write a plain checkpoint: the merged model with one expert in it, or with a weighted sum of several.
 
     Example: freemerge experts apply merged math merged-math
     """
     from freemerge.experts.apply import apply_expert
 
-    apply_expert(merged, name, out, overwrite=overwrite, fsync=not no_fsync)
-    typer.echo(f"{out}: {merged} with the expert {name}")
+    apply_expert(merged, _weights(experts), out, overwrite=overwrite, fsync=not no_fsync)
+    typer.echo(f"{out}: {merged} with the expert {experts}")
+
+
+def _weights(experts: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for item in experts.split(","):
+        name, given, weight = item.rpartition("=")
+        name = name if given else item
+        try:
+            number = float(weight) if given else 1.0
+        except ValueError:
+            raise InputError(
+                f"{item!r} is not NAME=WEIGHT with a number; give math=0.7,code=0.3, or one name"
+            ) from None
+        if name in weights:
+            raise InputError(f"{name} is given twice")
+        weights[name] = number
+    return weights
 
 
 @app.command("extract")

@@ -59,7 +59,7 @@ def _print(method) -> None:
     typer.echo(f"scope    {method.scope}: {_SCOPES[method.scope]}")
     typer.echo(f"needs    {reference.needs(method)}")
     if method.writes_experts:
-        typer.echo("writes   the merged backbone and one sparse expert for each model (freemerge experts)")
+        typer.echo("writes   the backbone and, beside it, one expert for each model (freemerge experts)")
     for alias, parameter in method.aliases.items():
         typer.echo(f"alias    {alias}: {parameter}")
     typer.echo(f"\n{reference.notes(method)}")

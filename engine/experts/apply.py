@@ -1,10 +1,14 @@
-"""Backbone plus expert as a plain checkpoint, for programs that know nothing of experts."""
+"""Backbone plus experts as a plain checkpoint, for programs that know nothing of experts."""
 
+import math
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,9 +20,12 @@ from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter
 from freemerge.errors import CheckpointError, InputError, ShapeError, listed
+from freemerge.experts.memory import check_addable
 from freemerge.experts.sidecar import Expert, read_expert
-from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
-from freemerge.kernels.array import SparseRows, rows_of
+from freemerge.kernels.array import rows_of
+from freemerge.parts import apply_parts
+
+Weighted: TypeAlias = tuple[Expert, float]
 
 FOLDER = "experts"
 _TILE = 4 << 20  # bytes
@@ -26,35 +33,53 @@ _TILE = 4 << 20  # bytes
 
 @dataclass(frozen=True)
 class ExpertSummary:
-    """An expert beside a backbone; `density` is its share of the entries of the tensors it changes."""
+    """An expert beside a backbone.
+
+    Attributes:
+        kinds: of its parts, and how many tensors have one: "rows 12, difference 3".
+        parameters: numbers it holds; of a mask one for each element.
+        density: parameters as a share of the elements of the tensors it changes.
+        nbytes, share: of its file; and as a share of the backbone's tensors.
+        shared_nbytes: of what all experts share, which is there once.
+        scales: the smallest and the largest.
+    """
 
     name: str
     file: Path
-    nbytes: int
+    kinds: str
     tensors: int
-    entries: int
+    parameters: int
     density: float
+    nbytes: int
+    share: float
+    shared_nbytes: int
     mode: str
     scales: tuple[float, float]
-    """The smallest and the largest."""
 
 
 def list_experts(folder: str | os.PathLike) -> list[ExpertSummary]:
     """The experts of a merged model, by name. Raises CheckpointError for a file that is none."""
-    return [_summary(read_expert(path)) for path in sorted(Path(folder, FOLDER).glob("*.safetensors"))]
+    with open_checkpoint(folder) as backbone:
+        dense = sum(info.nbytes for info in backbone.tensors.values())
+    return [_summary(read_expert(path), dense) for path in sorted(Path(folder, FOLDER).glob("*.safetensors"))]
 
 
-def _summary(expert: Expert) -> ExpertSummary:
-    rows = expert.tensors.values()
-    entries, elements = sum(r.count for r in rows), sum(int(np.prod(r.shape)) for r in rows)
+def _summary(expert: Expert, dense: int) -> ExpertSummary:
+    parts = expert.tensors.values()
+    kinds = Counter(part.kind for part in parts)
+    parameters, elements = sum(part.parameters for part in parts), sum(math.prod(part.shape) for part in parts)
     scales = [expert.scale(name) for name in expert.tensors] or [1.0]
+    nbytes = expert.path.stat().st_size
     return ExpertSummary(
         name=expert.name,
         file=expert.path,
-        nbytes=expert.path.stat().st_size,
+        kinds=", ".join(f"{kind} {count}" for kind, count in kinds.items()),
         tensors=len(expert.tensors),
-        entries=entries,
-        density=entries / elements if elements else 0.0,
+        parameters=parameters,
+        density=parameters / elements if elements else 0.0,
+        nbytes=nbytes,
+        share=nbytes / dense if dense else 0.0,
+        shared_nbytes=expert.shared.path.stat().st_size if expert.shared else 0,
         mode=expert.mode,
         scales=(min(scales), max(scales)),
     )
@@ -71,7 +96,7 @@ def find_expert(folder: Path, name: str) -> Expert:
 
 def apply_expert(
     merged: str | os.PathLike,
-    name: str,
+    experts: str | Mapping[str, float],
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
@@ -79,25 +104,36 @@ def apply_expert(
     shard_size: int = 5 * 10**9,
     threads: int | None = None,
 ) -> None:
-    """Write the merged model `merged` with its expert `name` put in, as a plain checkpoint `out`.
+    """Write the merged model `merged` with one or more of its experts put in, as a plain checkpoint `out`.
 
-    At the entries of the expert, out = round(backbone + scale * value), in mode "replace" round(start + scale * value):
-    see kernels.apply_sparse_rows. Everything else is copied. `out` appears complete or not at all.
+        apply_expert("merged", "math", "merged-math")
+        apply_expert("merged", {"math": 0.7, "code": 0.3}, "merged-both")
+
+    In the tensors of the experts, out = round( backbone + sum of weight * scale * part ), see freemerge.parts; in mode
+    "replace", of a single expert, round( start + scale * value ). Everything else is copied. `out` appears complete or
+    not at all.
+
+    Args:
+        experts: the name of one, or the weights of several (a router's probabilities, say).
 
     Raises:
-        InputError: no such expert.
-        CheckpointError: the expert was made for another backbone, or a file is damaged.
+        InputError: no such expert; or several, of which one replaces entries.
+        CheckpointError: an expert was made for another backbone, or a file is damaged.
         OutputError: `out` exists (and overwrite is False), or cannot be written.
     """
     merged, out = Path(merged), Path(out)
-    expert = find_expert(merged, name)
+    weights = {experts: 1.0} if isinstance(experts, str) else dict(experts)
+    chosen = [(find_expert(merged, name), float(weight)) for name, weight in weights.items()]
+    check_addable([expert for expert, _ in chosen])
     manifest = read_manifest(merged)
     with open_checkpoint(merged) as backbone:
-        _check_fits(expert, backbone, manifest["backbone"])
+        for expert, _ in chosen:
+            _check_fits(expert, backbone, manifest["backbone"])
         shards = plan_shards([Entry(n, info.dtype, info.shape) for n, info in backbone.tensors.items()], shard_size)
-        with WorkDir.open(out, fingerprint=f"expert {name}", overwrite=overwrite, resume=False, fsync=fsync) as work:
-            checksums = _write_tensors(backbone, expert, CheckpointWriter(work.staging, shards, fsync=fsync), threads)
-            _write_side_files(work.staging, backbone, expert, manifest, shards, checksums)
+        fingerprint = f"experts {weights}"
+        with WorkDir.open(out, fingerprint=fingerprint, overwrite=overwrite, resume=False, fsync=fsync) as work:
+            checksums = _write_tensors(backbone, chosen, CheckpointWriter(work.staging, shards, fsync=fsync), threads)
+            _write_side_files(work.staging, backbone, chosen, manifest, shards, checksums)
             work.publish()
 
 
@@ -108,36 +144,37 @@ def _check_fits(expert: Expert, backbone: Checkpoint, fingerprint: str) -> None:
             "apply an expert to the merged model it was written with"
         )
     problems = []
-    for name, rows in expert.tensors.items():
+    for name, part in expert.tensors.items():
         info = backbone.tensors.get(name)
         if info is None:
             problems.append(f"{name}: in the expert, but not in the backbone")
-        elif info.shape != rows.shape:
-            problems.append(f"{name}: {list(info.shape)} in the backbone, {list(rows.shape)} in the expert")
+        elif info.shape != part.shape:
+            problems.append(f"{name}: {list(info.shape)} in the backbone, {list(part.shape)} in the expert")
     if problems:
         raise CheckpointError(listed(problems, "Apply an expert to the merged model it was written with."))
 
 
 def _write_tensors(
-    backbone: Checkpoint, expert: Expert, writer: CheckpointWriter, threads: int | None
+    backbone: Checkpoint, chosen: Sequence[Weighted], writer: CheckpointWriter, threads: int | None
 ) -> dict[str, str]:
     """Write every tensor; answers their checksums by name."""
     names = sorted(backbone.tensors, key=lambda name: -backbone.tensors[name].nbytes)
     with writer, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        checksums = dict(zip(names, pool.map(partial(_write_tensor, backbone, expert, writer), names), strict=True))
+        checksums = dict(zip(names, pool.map(partial(_write_tensor, backbone, chosen, writer), names), strict=True))
         writer.finish()
     return checksums
 
 
-def _write_tensor(backbone: Checkpoint, expert: Expert, writer: CheckpointWriter, name: str) -> str:
+def _write_tensor(backbone: Checkpoint, chosen: Sequence[Weighted], writer: CheckpointWriter, name: str) -> str:
     backbone.prefetch(name)
     array = backbone.read(name)
     pieces = PieceChecksum(array.nbytes)
     flat = array.reshape(-1)
     step = _TILE // flat.dtype.itemsize
+    parts = [(expert, weight) for expert, weight in chosen if name in expert.tensors]
     tiles = (
-        _tiles_with_expert(array, expert, name)
-        if name in expert.tensors
+        _tiles_with_experts(array, parts, name)
+        if parts
         else ((first, flat[first : first + step]) for first in range(0, flat.size, step))
     )
     for first, tile in tiles:
@@ -147,41 +184,40 @@ def _write_tensor(backbone: Checkpoint, expert: Expert, writer: CheckpointWriter
     return pieces.hexdigest()
 
 
-def _tiles_with_expert(array: np.ndarray, expert: Expert, name: str):
-    """Runs of whole rows with the expert put in, and the element each begins at."""
-    rows, start, scale = expert.tensors[name], expert.start(name), expert.scale(name)
+def _tiles_with_experts(array: np.ndarray, chosen: Sequence[Weighted], name: str):
+    """Runs of whole rows with the experts put in, and the element each begins at."""
     height, width = rows_of(array.shape)
     matrix = array.reshape(height, width)
-    at_once = max(1, _TILE // max(1, width * array.dtype.itemsize))
+    grain = math.lcm(*(expert.tensors[name].grain for expert, _ in chosen))
+    at_once = -(-max(1, _TILE // max(1, width * array.dtype.itemsize)) // grain) * grain
     for first in range(0, height, at_once):
         block = np.array(matrix[first : first + at_once])
-        part, entries = rows_between(rows, first, first + len(block))
+        parts = [
+            (expert.tensors[name].rows(first, first + len(block)), weight * expert.scale(name))
+            for expert, weight in chosen
+        ]
         try:
-            apply_sparse_rows(block, part, scale, start=None if start is None else start[entries], out=block)
+            apply_parts(block, parts, out=block)
         except ShapeError as error:
-            raise CheckpointError(f"{expert.path}: {name}: {error}; write the expert again") from error
+            file = ", ".join(str(expert.path) for expert, _ in chosen)
+            raise CheckpointError(f"{file}: {name}: {error}; write the expert again") from error
         yield first * width, block
 
 
-def rows_between(rows: SparseRows, first: int, last: int) -> tuple[SparseRows, slice]:
-    """Rows first ... last - 1 as sparse rows of their own, and which entries these are."""
-    _, width = rows_of(rows.shape)
-    offsets = rows.offsets[first : last + 1]
-    entries = slice(int(offsets[0]), int(offsets[-1]))
-    shape = (last - first, width)
-    return SparseRows(offsets - offsets[0], rows.columns[entries], rows.values[entries], shape), entries
-
-
-def _write_side_files(folder: Path, backbone: Checkpoint, expert: Expert, manifest: dict, shards, checksums) -> None:
+def _write_side_files(
+    folder: Path, backbone: Checkpoint, chosen: Sequence[Weighted], manifest: dict, shards, checksums
+) -> None:
     merged = MergeInput.of(backbone, "backbone")
-    recipe = {"expert": expert.name, "backbone": manifest["backbone"], "recipe": manifest["recipe"]}
+    weights = {expert.name: weight for expert, weight in chosen}
+    recipe = {"experts": weights, "backbone": manifest["backbone"], "recipe": manifest["recipe"]}
+    said = ",".join(name if weight == 1 else f"{name}={weight}" for name, weight in weights.items())
     copy_side_files(backbone, folder)
     write_card(
         folder,
-        method=expert.metadata["method"],
+        method=", ".join(dict.fromkeys(expert.metadata["method"] for expert, _ in chosen)),
         recipe=_yaml(recipe),
         inputs=[MergeInput(facts["name"], facts["role"], facts["license"], {}) for facts in manifest["inputs"]],
-        command=("freemerge", "experts", "apply", merged.name, expert.name, "OUT"),
+        command=("freemerge", "experts", "apply", merged.name, said, "OUT"),
     )
     write_manifest(folder, recipe=recipe, inputs=[merged], shards=shards, checksums=checksums)
 

@@ -1,6 +1,7 @@
 """An expert for a backbone that is already there, cut out of a fine-tuned model; no merge."""
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from freemerge.errors import OutputError, RecipeError
 from freemerge.experts.extract import Extraction
 from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels.array import Array
+from freemerge.parts import Layout
 from freemerge.plan import make_plan
 from freemerge.recipe import Recipe
 
@@ -22,6 +24,16 @@ class _Backbone:
     def __init__(self, checkpoint: Checkpoint, checksums: dict[str, str]):
         self.records = {name: {"checksum": checksum} for name, checksum in checksums.items()}
         self.read = checkpoint.read
+
+
+class _OneFile:
+    """In the place of the folder of a merge's experts."""
+
+    def __init__(self, path: Path, fsync: bool):
+        self._path, self._fsync = path, fsync
+
+    def open(self, _: str, layouts: Mapping[str, Layout]) -> SidecarWriter:
+        return SidecarWriter(self._path, layouts, fsync=self._fsync)
 
 
 def extract_expert(
@@ -68,13 +80,11 @@ def extract_expert(
         fine_tuned = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
         plan = make_plan(recipe, methods.get("free"), backbone, [fine_tuned], shard_size=1 << 62)
         unfinished = path.with_suffix(".unfinished")
-        extraction = Extraction(
-            plan, _Backbone(backbone, checksums), lambda _, entries: SidecarWriter(unfinished, entries, fsync=fsync)
-        )
+        extraction = Extraction(plan, _Backbone(backbone, checksums), _OneFile(unfinished, fsync))
         for task in plan.tasks:
             if task.settings is not None and not task.match.same_as:
                 tensor: Array = backbone.read(task.name)
-                extraction.extract(task, tensor, tensor, plan.read_experts(task))
+                extraction.write(task, extraction.cut(task, tensor, tensor, plan.read_experts(task)))
         extraction.finish()
         fine_tuned.check_unchanged()
         unfinished.replace(path)

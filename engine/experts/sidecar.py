@@ -1,20 +1,26 @@
-"""The file of one sparse expert, `experts/<name>.safetensors` beside the backbone.
+"""The files of experts beside the backbone: `experts/<name>.safetensors`, and what several of them share.
 
-For each tensor it changes, compressed sparse rows (kernels.array.SparseRows):
+For each tensor that an expert changes, the arrays of its part (freemerge.parts), each named <role>/<tensor>:
 
-    offsets/<tensor>   I64 [rows + 1]
-    columns/<tensor>   U16 [n], or U32 where rows are longer than 65536
-    values/<tensor>    F32 [n], not yet scaled
-    start/<tensor>     [n] in the base's dtype, mode "replace" only: what the values are added to
+    rows        offsets/    I64 [rows + 1]; entries as compressed sparse rows (kernels.array.SparseRows)
+                columns/    U16 [n], or U32 where rows are longer than 65536
+                values/     F32 [n], not yet scaled
+                start/      [n] in the base's dtype, mode "replace" only: what the values are added to
+    mask        mask/       U8 [ceil(elements / 8)], one bit for each element, the lowest first
+    low_rank    left/       F32 [rows, r];    right/    F32 [r, width]
+    difference  difference/ F32, the tensor's shape
 
 Metadata are strings: format, version, expert, method, mode ("add" or "replace"), backbone (what backbone_fingerprint of
 checkpoint.manifest says), whatever else the method notes (mu, density, ...), and tensors, a JSON object:
-{<tensor>: {"shape": [...], "scale": number}}.
+{<tensor>: {"kind": ..., "shape": [...], "scale": number}}. Version 1 knew rows alone, and no "kind".
+
+What all experts of a method share is in `experts/shared/<method>.safetensors`: the same names, `vector/<tensor>` in the
+dtype of the backbone, say. Its metadata are format, version, method and fingerprint; each expert that needs it carries
+the same fingerprint as "shared".
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,93 +28,61 @@ import numpy as np
 
 from freemerge.checkpoint import mapping
 from freemerge.checkpoint.checksum import checksum
-from freemerge.checkpoint.header import Header, TensorInfo, read_header
+from freemerge.checkpoint.header import Header, read_header
 from freemerge.checkpoint.layout import Entry, encode_header, plan_shard
 from freemerge.checkpoint.writer import ShardWriter
 from freemerge.errors import CheckpointError, OutputError, listed
-from freemerge.kernels.array import Array, SparseRows, column_dtype, rows_of
+from freemerge.kernels.array import Array
+from freemerge.parts import KINDS, Arrays, Layout, Part
 
-FORMAT = "freemerge-expert"
-VERSION = "1"
+FORMAT, SHARED_FORMAT = "freemerge-expert", "freemerge-shared"
+VERSION, READABLE = "2", ("1", "2")
+SHARED = "shared"  # the folder, beside the experts
 _REQUIRED = ("expert", "method", "mode", "backbone")
 _WIDEST_SCALE = -1.2345678901234567e-300
 _ROOM = 8192  # bytes for the metadata that only the end of a merge knows, beside the scales
 
 
-@dataclass(frozen=True)
-class SparseEntry:
-    """A tensor an expert changes in `count` entries; `start` is the dtype of the base's weights in mode "replace"."""
+class ArraysWriter:
+    """Writes arrays of tensors in place, any tensor from any thread; opening again keeps what an interrupted run wrote.
 
-    name: str
-    shape: tuple[int, ...]
-    count: int
-    start: np.dtype | None = None
+    Args:
+        arrays: tensor -> role -> dtype and shape, of everything that will be written.
+        widest: metadata as long as they can get; there is room for a little more.
+    """
 
-    def parts(self) -> list[Entry]:
-        rows, width = rows_of(self.shape)
-        parts = [
-            Entry(f"offsets/{self.name}", np.dtype(np.int64), (rows + 1,)),
-            Entry(f"columns/{self.name}", column_dtype(width), (self.count,)),
-            Entry(f"values/{self.name}", np.dtype(np.float32), (self.count,)),
+    def __init__(self, path: Path, arrays: Mapping[str, Arrays], *, widest: Mapping[str, str], fsync: bool = True):
+        entries = [
+            Entry(f"{role}/{name}", dtype, shape)
+            for name, roles in arrays.items()
+            for role, (dtype, shape) in roles.items()
         ]
-        return (
-            parts if self.start is None else [*parts, Entry(f"start/{self.name}", np.dtype(self.start), (self.count,))]
-        )
-
-
-class SidecarWriter:
-    """Writes an expert in place, any tensor from any thread; opening again keeps what an interrupted run wrote."""
-
-    def __init__(self, path: Path, entries: Sequence[SparseEntry], *, fsync: bool = True):
-        self._entries = {entry.name: entry for entry in entries}
-        parts = [part for entry in entries for part in entry.parts()]
-        room = len(encode_header(parts, {"tensors": self._tensors(_WIDEST_SCALE)})) + _ROOM
-        self._plan = plan_shard(path.name, parts, {"format": "unfinished"}, room)
+        room = len(encode_header(entries, widest)) + _ROOM
+        self._plan = plan_shard(path.name, entries, {"format": "unfinished"}, room)
         self._places = {place.name: place for place in self._plan.entries}
-        path.parent.mkdir(exist_ok=True)
+        self._roles = {name: list(roles) for name, roles in arrays.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = ShardWriter(path.parent, self._plan, fsync=fsync)
 
-    def _tensors(self, scales: Mapping[str, float] | float) -> str:
-        scale_of = scales.get if isinstance(scales, Mapping) else lambda _: scales
-        facts = {name: {"shape": list(e.shape), "scale": float(scale_of(name))} for name, e in self._entries.items()}
-        return json.dumps(facts, separators=(",", ":"), ensure_ascii=False, sort_keys=True, allow_nan=False)
-
-    def write(self, name: str, rows: SparseRows, start: Array | None = None) -> str:
-        """Write what the expert does to one tensor; answers its checksum, see `checksum`.
-
-        Args:
-            rows: of the shape and count announced.
-            start: [rows.count] of the dtype announced, the base's weights at the entries; mode "replace" only.
-        """
-        entry = self._entries[name]
-        if (tuple(rows.shape), rows.count, start is None) != (tuple(entry.shape), entry.count, entry.start is None):
-            raise ValueError(f"{name}: {rows.count} entries of {list(rows.shape)}, announced were {entry}")
-        rows = rows.on_host()
-        arrays = {"offsets": rows.offsets, "columns": rows.columns, "values": rows.values, "start": start}
-        for part in entry.parts():
-            array, place = arrays[part.name.partition("/")[0]], self._places[part.name]
+    def write(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Write the arrays of one tensor, by role, as announced; answers their checksum, see `checksum`."""
+        if list(arrays) != self._roles[name]:
+            raise ValueError(f"{name}: {', '.join(arrays)}; announced were {', '.join(self._roles[name])}")
+        for role, array in arrays.items():
+            place = self._places[f"{role}/{name}"]
             if (array.dtype, array.shape) != (place.dtype, place.shape):
-                raise ValueError(f"{part.name} is {array.dtype} {array.shape}, announced {place.dtype} {place.shape}")
-            self._file.write_at(place.offset, array)
-        return _checksum([arrays[part.name.partition("/")[0]] for part in entry.parts()])
+                raise ValueError(f"{place.name} is {array.dtype} {array.shape}, announced {place.dtype} {place.shape}")
+        for role, array in arrays.items():
+            self._file.write_at(self._places[f"{role}/{name}"].offset, array)
+        return _checksum(list(arrays.values()))
 
     def checksum(self, name: str) -> str:
         """Of what stands in the file for one tensor: equal to what `write` answered while nothing has changed."""
-        return _checksum([self._file.view(self._places[part.name]) for part in self._entries[name].parts()])
+        return _checksum([self._file.view(self._places[f"{role}/{name}"]) for role in self._roles[name]])
 
-    def finish(self, metadata: Mapping[str, object], scales: Mapping[str, float] | float) -> None:
-        """Write the header and push everything to the disk.
-
-        Args:
-            metadata: expert, method, mode and backbone, and whatever else describes it; numbers are written as JSON.
-            scales: what each tensor's values are multiplied by, or one number for all.
-        """
-        missing = [key for key in _REQUIRED if key not in metadata]
-        if missing:
-            raise ValueError(f"an expert's metadata need {', '.join(missing)}")
-        text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in sorted(metadata.items())}
-        text = {"format": FORMAT, "version": VERSION, **text, "tensors": self._tensors(scales)}
-        header = encode_header(self._plan.entries, text, len(self._plan.header))
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header and push everything to the disk."""
+        header = encode_header(self._plan.entries, metadata, len(self._plan.header))
         if len(header) != len(self._plan.header):
             excess = len(header) - len(self._plan.header)
             raise OutputError(
@@ -121,15 +95,94 @@ class SidecarWriter:
         self._file.close()
 
 
+class SidecarWriter:
+    """Writes an expert: a part of each tensor it changes, as laid out in `layouts`."""
+
+    def __init__(self, path: Path, layouts: Mapping[str, Layout], *, fsync: bool = True):
+        self._layouts = dict(layouts)
+        arrays = {name: layout.arrays for name, layout in layouts.items()}
+        self._file = ArraysWriter(path, arrays, widest={"tensors": self._tensors(_WIDEST_SCALE)}, fsync=fsync)
+        self.checksum, self.close = self._file.checksum, self._file.close
+
+    def _tensors(self, scales: Mapping[str, float] | float) -> str:
+        scale_of = scales.get if isinstance(scales, Mapping) else lambda _: scales
+        facts = {
+            name: {"kind": layout.kind, "shape": list(layout.shape), "scale": float(scale_of(name))}
+            for name, layout in self._layouts.items()
+        }
+        return json.dumps(facts, separators=(",", ":"), ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+    def write(self, name: str, part: Part) -> str:
+        """Write what the expert does to one tensor, laid out as announced; answers its checksum."""
+        announced = self._layouts[name]
+        if part.layout != announced:
+            raise ValueError(f"{name}: a part with {part.layout}; announced was {announced}")
+        return self._file.write(name, part.arrays)
+
+    def finish(self, metadata: Mapping[str, object], scales: Mapping[str, float] | float) -> None:
+        """Write the header and push everything to the disk.
+
+        Args:
+            metadata: expert, method, mode and backbone, and whatever else describes it; numbers are written as JSON.
+            scales: what each tensor's part is multiplied by, or one number for all.
+        """
+        missing = [key for key in _REQUIRED if key not in metadata]
+        if missing:
+            raise ValueError(f"an expert's metadata need {', '.join(missing)}")
+        text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in sorted(metadata.items())}
+        self._file.finish({"format": FORMAT, "version": VERSION, **text, "tensors": self._tensors(scales)})
+
+
+class SharedWriter(ArraysWriter):
+    """Writes what all experts of a method share."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, Arrays], *, fsync: bool = True):
+        super().__init__(path, arrays, widest={}, fsync=fsync)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        super().finish({"format": SHARED_FORMAT, "version": VERSION, **metadata})
+
+
+class ExpertFolder:
+    """Where the files of a merge's experts are opened, to be written: `folder` is experts/ of the result."""
+
+    def __init__(self, folder: Path, *, fsync: bool = True):
+        self._folder, self._fsync = folder, fsync
+
+    def open(self, name: str, layouts: Mapping[str, Layout]) -> SidecarWriter:
+        return SidecarWriter(self._folder / f"{name}.safetensors", layouts, fsync=self._fsync)
+
+    def open_shared(self, method: str, arrays: Mapping[str, Arrays]) -> SharedWriter:
+        return SharedWriter(self._folder / SHARED / f"{method}.safetensors", arrays, fsync=self._fsync)
+
+
 def _checksum(arrays: Sequence[Array]) -> str:
     return checksum("".join(checksum(array) for array in arrays).encode())
+
+
+class Shared:
+    """A file of what experts share, mapped; arrays are read-only views."""
+
+    def __init__(self, path: Path, header: Header):
+        self.path, self.metadata, self._infos = path, header.metadata, header.tensors
+        self._map = mapping.map_file(path)
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, np.ndarray]]:
+        """Tensor -> role -> array."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for entry, info in self._infos.items():
+            role, _, name = entry.partition("/")
+            view = np.ndarray(info.shape, info.dtype, buffer=self._map, offset=info.offset)
+            found.setdefault(name, {})[role] = view
+        return found
 
 
 class Expert:
     """An expert's file, mapped; arrays are read-only views."""
 
-    def __init__(self, path: Path, header: Header):
-        self.path = path
+    def __init__(self, path: Path, header: Header, shared: Shared | None = None):
+        self.path, self.shared = path, shared
         self.metadata = {key: value for key, value in header.metadata.items() if key != "tensors"}
         self._facts = json.loads(header.metadata["tensors"])
         self._infos = header.tensors
@@ -144,67 +197,91 @@ class Expert:
         return self.metadata["mode"]
 
     @cached_property
-    def tensors(self) -> dict[str, SparseRows]:
-        """The entries of every tensor the expert changes, by its name."""
-        return {
-            name: SparseRows(
-                *(self._view(f"{part}/{name}") for part in ("offsets", "columns", "values")), tuple(facts["shape"])
-            )
-            for name, facts in self._facts.items()
-        }
+    def tensors(self) -> dict[str, Part]:
+        """The part of every tensor the expert changes, by its name."""
+        shared = self.shared.tensors if self.shared else {}
+        return {name: self._part(name, facts, shared.get(name, {})) for name, facts in self._facts.items()}
 
     def scale(self, name: str) -> float:
         return self._facts[name]["scale"]
 
-    def start(self, name: str) -> Array | None:
-        """The base's weights at the entries of a tensor; None in mode "add"."""
-        return self._view(f"start/{name}") if self.mode == "replace" else None
+    def _part(self, name: str, facts: dict, shared: Mapping[str, Array]) -> Part:
+        kind = KINDS[_kind(facts)]
+        views = {role: self._view(f"{role}/{name}") for role in kind.roles if f"{role}/{name}" in self._infos}
+        return kind.of(tuple(facts["shape"]), views, shared)
 
-    def _view(self, name: str) -> Array:
+    def _view(self, name: str) -> np.ndarray:
         info = self._infos[name]
         return np.ndarray(info.shape, info.dtype, buffer=self._map, offset=info.offset)
 
 
 def read_expert(path: Path) -> Expert:
-    """Open the file of an expert. Raises CheckpointError with all that is wrong with it."""
+    """Open the file of an expert, and what it shares. Raises CheckpointError with all that is wrong with them."""
     path = Path(path)
     header = read_header(path)
     problems = _problems(header)
     if problems:
         raise CheckpointError(listed((f"{path}: {problem}" for problem in problems), "Write the expert again."))
-    return Expert(path, header)
+    wanted = header.metadata.get("shared")
+    return Expert(path, header, None if wanted is None else _read_shared(path, header, wanted))
+
+
+def _read_shared(path: Path, header: Header, fingerprint: str) -> Shared:
+    beside = path.parent / SHARED / f"{header.metadata['method']}.safetensors"
+    shared_header = read_header(beside)
+    problems = []
+    if shared_header.metadata.get("format") != SHARED_FORMAT or shared_header.metadata.get("version") not in READABLE:
+        problems.append("not what experts of freemerge share, or never finished")
+    elif shared_header.metadata.get("fingerprint") != fingerprint:
+        problems.append(f"of another merge than {path}")
+    for name, facts in json.loads(header.metadata["tensors"]).items():
+        vector = shared_header.tensors.get(f"vector/{name}")
+        if _kind(facts) == "mask" and (vector is None or list(vector.shape) != facts["shape"]):
+            problems.append(f"vector/{name} is missing or of another shape than its mask")
+    if problems:
+        raise CheckpointError(listed((f"{beside}: {problem}" for problem in problems), "Merge again."))
+    return Shared(beside, shared_header)
+
+
+def _kind(facts: Mapping[str, object]) -> str:
+    return facts.get("kind", "rows")
 
 
 def _problems(header: Header) -> list[str]:
     metadata = header.metadata
     if metadata.get("format") != FORMAT:
         return ["not an expert of freemerge, or one that was never finished"]
-    if metadata.get("version") != VERSION:
-        return [f"format version {metadata.get('version')}; this freemerge reads version {VERSION}"]
+    if metadata.get("version") not in READABLE:
+        return [f"format version {metadata.get('version')}; this freemerge reads versions {' and '.join(READABLE)}"]
     problems = [f"metadata lack {key}" for key in _REQUIRED if key not in metadata]
     if metadata.get("mode") not in ("add", "replace"):
         problems.append(f"mode is {metadata.get('mode')!r}, not add or replace")
     try:
         facts = json.loads(metadata["tensors"])
-        expected = {name: (tuple(map(int, fact["shape"])), float(fact["scale"])) for name, fact in facts.items()}
+        expected = {
+            name: (_kind(fact), tuple(map(int, fact["shape"])), float(fact["scale"])) for name, fact in facts.items()
+        }
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return [*problems, "metadata do not describe its tensors"]
-    for name, (shape, _) in expected.items():
-        problems += _tensor_problems(name, shape, header.tensors, metadata.get("mode"))
+    for name, (kind, shape, _) in expected.items():
+        problems += _tensor_problems(name, kind, shape, header, metadata.get("mode"))
     return problems
 
 
-def _tensor_problems(name: str, shape: tuple[int, ...], infos: Mapping[str, TensorInfo], mode: str | None) -> list[str]:
-    if f"values/{name}" not in infos:
-        return [f"values/{name} is missing"]
-    count = infos[f"values/{name}"].numel
-    start = infos.get(f"start/{name}")
-    entry = SparseEntry(name, shape, count, start.dtype if start and mode == "replace" else None)
-    problems = [] if mode != "replace" or start else [f"start/{name} is missing"]
-    for part in entry.parts():
-        info = infos.get(part.name)
-        if info is None:
-            problems.append(f"{part.name} is missing")
-        elif (info.dtype, info.shape) != (part.dtype, part.shape):
-            problems.append(f"{part.name} is {info.dtype} {list(info.shape)}, not {part.dtype} {list(part.shape)}")
+def _tensor_problems(name: str, kind: str, shape: tuple[int, ...], header: Header, mode: str | None) -> list[str]:
+    if kind not in KINDS:
+        return [f"{name} is of the kind {kind!r}; this freemerge reads {', '.join(KINDS)}"]
+    infos = {role: header.tensors.get(f"{role}/{name}") for role in KINDS[kind].roles}
+    found = {role: (info.dtype, info.shape) for role, info in infos.items() if info is not None}
+    try:
+        expected = KINDS[kind].suggested(shape, found).arrays
+    except (KeyError, ValueError, IndexError):
+        return [f"{name} is of the kind {kind}, but its arrays {', '.join(KINDS[kind].roles)} are missing or odd"]
+    problems = [f"start/{name} is missing"] if kind == "rows" and mode == "replace" and "start" not in found else []
+    for role, (dtype, dimensions) in expected.items():
+        if role not in found:
+            problems.append(f"{role}/{name} is missing")
+        elif found[role] != (dtype, dimensions):
+            stored, stored_shape = found[role]
+            problems.append(f"{role}/{name} is {stored} {list(stored_shape)}, not {dtype} {list(dimensions)}")
     return problems

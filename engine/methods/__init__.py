@@ -51,27 +51,36 @@ and its settle gets the numbers of the experts before, earlier=..., as they were
     state_facts(settled) -> dict
         Numbers to keep beside the arrays, JSON-able.
 
-A method that writes experts (WRITES_EXPERTS; of scope "element" or "tensor") has these instead, in the order they are
-called. `expert` arrays are in their storage dtype, `merged` is the backbone's tensor in the dtype it is stored in.
+A method that writes experts (WRITES_EXPERTS; of scope "element" or "tensor") also has these. What an expert holds of a
+tensor is a part (freemerge.parts: sparse rows, a mask, a low-rank product, a difference). `expert` arrays are in their
+storage dtype, `merged` is the backbone's tensor in the dtype it is stored in.
 
-    expert_scope(**params) -> "row" | "tensor" | "model"
-        What the selected entries compete with.
-    expert_count(name, shape, **params) -> int
-        Entries one expert holds of this tensor (scope "model": at most). 0: the tensor is not in its file.
-    select_over_model(bases, merged, experts, **params) -> list[tuple[Selection, int]]
-        Scope "model" only, for one expert: the arrays of all the tensors it covers. For each tensor its selection, and
-        how many entries that is.
-    extract_expert(base, merged, expert, *, name, within=None, **params) -> SparseRows
-        The entries, unscaled; `within` is this tensor's selection, scope "model" only.
-    measure_tensor(base, merged, experts, rows, *, name, **params) -> list[dict]
-        Sums of any merged or copied floating tensor, one JSON-able dict for each expert. rows[t] is None where
-        expert_count is 0, experts[t] where fit_expert left it out.
+    plan_expert(name, shape, dtype, **params) -> Layout | None
+        What one expert's part of this tensor looks like, `dtype` the base's (expert_scope "model": at most). None: the
+        tensor is not in its file.
+    cut_experts(base, merged, experts, *, name, within=None, **params) -> Cut
+        The parts, unscaled; what they share; and statistics, sums for the scale. Of any merged or copied floating
+        tensor, parts None where plan_expert is; experts[t] is None where fit_expert left it out. within[t] is this
+        tensor's selection, expert_scope "model" only.
+
+and may have
+
+    DESCRIBED   names of the parameters that go into the metadata of experts, of those that hold for the whole model
+    leaves_experts(**params) -> bool
+        Whether a merge with these parameters, of which some may be missing, leaves experts at all (True).
+    plan_shared(name, shape, dtype, *, experts, **params) -> {role: (dtype, shape)}
+        The arrays that all experts share about this tensor, `dtype` the result's ({}); a mask's is "vector".
     expert_scale(statistics, **params) -> float
-        mu, from one expert's dicts of all tensors.
+        mu, from one expert's dicts of all tensors (1).
     tensor_scale(mu, name, shape, **params) -> float
-        What this tensor's entries are multiplied by when they are applied.
+        What this tensor's part is multiplied by when it is applied (mu).
     expert_mode(**params) -> "add" | "replace"
-        theta = merged + scale * value; or theta = base + scale * value wherever value is not 0.
+        theta = merged + scale * part; or, of rows, theta = base + scale * value wherever value is not 0 ("add").
+    expert_scope(**params) -> "row" | "tensor" | "model"
+        What the selected entries compete with ("tensor").
+    select_over_model(bases, merged, experts, **params) -> list[tuple[Selection, Layout]]
+        Scope "model" only, for one expert: the arrays of all the tensors it covers. For each its selection, and the
+        layout that follows from it.
 """
 
 import ast
@@ -125,6 +134,11 @@ class Method:
     aliases: Mapping[str, str]
     parameters: Mapping[str, Parameter]
     module: types.ModuleType
+
+    def leaves_experts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a merge with these parameters writes experts beside its backbone."""
+        hook = getattr(self.module, "leaves_experts", None)
+        return self.writes_experts and (hook is None or hook(**parameters))
 
     @property
     def ops(self) -> set[str]:

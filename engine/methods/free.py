@@ -22,19 +22,23 @@ Row-wise selection keeps int(density * width) of each row: none where rows are s
 tensor entirely. The variants are explained in [filter.md](filter.md).
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from freemerge.kernels.array import Array, SparseRows
+import numpy as np
+
+from freemerge.kernels.array import Array, dtype_of
 from freemerge.kernels.sparse_rows import Selection
 from freemerge.methods import Patterns, PerExpert, TensorPlan, fr
 from freemerge.methods._backbone import EMBEDDINGS_AND_HEADS, Backbone
 from freemerge.methods._backbone import fit_expert as fit_expert
 from freemerge.methods._sparse_expert import SparseExpert
+from freemerge.parts import Cut, Layout, Rows
 
 SCOPE = "tensor"
 SOURCE = "FREE-Merging, Zheng and Wang 2024, arXiv:2411.16815; METHODS.md section 1, `recommended` by default"
 WRITES_EXPERTS = True
+DESCRIBED = ("density", "removal", "selection", "relative_to", "rescale")
 ALIASES = {"lambda": "scaling"}
 
 ROWWISE = {"selection": "row", "relative_to": "base", "removal": 0.0}
@@ -142,35 +146,40 @@ def expert_scope(*, selection: str, **_) -> str:
     return selection
 
 
-def expert_count(name: str, shape: tuple[int, ...], **parameters) -> int:
-    return SparseExpert.of(parameters).count(shape) if Backbone.of(parameters).covers(name) else 0
+def plan_expert(name: str, shape: tuple[int, ...], dtype: np.dtype, **parameters) -> Layout | None:
+    count = SparseExpert.of(parameters).count(shape) if Backbone.of(parameters).covers(name) else 0
+    return Rows.planned(shape, count, _start(dtype, parameters)) if count else None
 
 
 def select_over_model(
     bases: Sequence[Array], merged: Sequence[Array], experts: Sequence[Array], **parameters
-) -> list[tuple[Selection, int]]:
+) -> list[tuple[Selection, Layout]]:
     references = merged if parameters["relative_to"] == "merged" else bases
-    return SparseExpert.of(parameters).select(references, experts)
+    found = SparseExpert.of(parameters).select(references, experts)
+    return [
+        (selection, Rows.planned(tuple(base.shape), count, _start(dtype_of(base), parameters)))
+        for base, (selection, count) in zip(bases, found, strict=True)
+    ]
 
 
-def extract_expert(
-    base: Array, merged: Array, expert: Array, *, name: str, within: Selection | None = None, **parameters
-) -> SparseRows:
-    return SparseExpert.of(parameters).extract(
-        merged if parameters["relative_to"] == "merged" else base, expert, within
-    )
-
-
-def measure_tensor(
+def cut_experts(
     base: Array,
     merged: Array,
     experts: Sequence[Array | None],
-    rows: Sequence[SparseRows | None],
     *,
     name: str,
+    within: Sequence[Selection | None] | None = None,
     **parameters,
-) -> list[dict]:
-    return SparseExpert.of(parameters).measure(base, merged, experts, rows, Backbone.of(parameters), name)
+) -> Cut:
+    own = SparseExpert.of(parameters)
+    replaced = base if expert_mode(**parameters) == "replace" else None
+    reference = merged if own.relative_to == "merged" else base
+    covered = plan_expert(name, tuple(base.shape), dtype_of(base), **parameters) is not None
+    parts = [
+        Rows.cut(own.extract(reference, expert, selection), replaced) if covered and expert is not None else None
+        for expert, selection in zip(experts, within or [None] * len(experts), strict=True)
+    ]
+    return Cut(parts, own.measure(base, merged, experts, parts, Backbone.of(parameters), name))
 
 
 def expert_scale(statistics: Sequence[dict], **parameters) -> float:
@@ -185,3 +194,7 @@ def tensor_scale(mu: float, name: str, shape: tuple[int, ...], **parameters) -> 
 def expert_mode(*, combine: str, relative_to: str, **_) -> str:
     # an entry relative to the backbone that replaces the backbone is that entry added to it
     return "replace" if combine == "replace" and relative_to == "base" else "add"
+
+
+def _start(dtype: np.dtype, parameters: Mapping[str, Any]) -> np.dtype | None:
+    return dtype if expert_mode(**parameters) == "replace" else None

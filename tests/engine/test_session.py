@@ -30,6 +30,8 @@ MANY = [
     ("adamerging", {"weight": [0.2, 0.5, 1.3]}),
     ("adamerging_plus_plus", {"weight": [0.2, 0.5, 1.3]}),
     ("doge", {"steps": 20}),
+    ("emr", {}),
+    ("emr", {"backbone": "unified"}),
     ("iso_c", {"averaged": ["embed"]}),
     ("iso_cts", {"scaling": 0.7}),
     ("opcm", {}),

@@ -15,10 +15,11 @@ from freemerge.checkpoint.writer import CheckpointWriter
 from freemerge.errors import CheckpointError, InputError, OutputError
 from freemerge.experts import apply as apply_module
 from freemerge.experts.apply import apply_expert, list_experts
-from freemerge.experts.sidecar import SidecarWriter, SparseEntry
+from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows_reference
 from freemerge.kernels.array import BFLOAT16, FLOATS
 from freemerge.kernels.sparse_rows import sparse_rows
+from freemerge.parts import Rows
 from freemerge.testing import random_array, tiny_llama, tiny_llama_config, write_checkpoint
 
 SCALES = {"model.embed_tokens.weight": 3.5, "model.layers.1.mlp.down_proj.weight": -0.1, "model.norm.weight": 1.0}
@@ -41,10 +42,11 @@ def write_merged(folder, source, expert_source, mode, shard_size=10**9):
         checksums = {name: checksum(backbone.read(name)) for name in backbone.tensors}
         rows = {n: sparse_rows(backbone.read(n), tuned.read(n), last=backbone.read(n).size // 10) for n in SCALES}
         starts = {n: random_array((r.count,), tuned.tensors[n].dtype, 5) for n, r in rows.items() if mode == "replace"}
-        entries = [SparseEntry(n, r.shape, r.count, starts[n].dtype if starts else None) for n, r in rows.items()]
-        sidecar = SidecarWriter(folder / "experts" / "math.safetensors", entries, fsync=False)
-        for name in rows:
-            sidecar.write(name, rows[name], starts.get(name))
+        parts = {n: Rows(r.offsets, r.columns, r.values, r.shape, starts.get(n)) for n, r in rows.items()}
+        layouts = {name: part.layout for name, part in parts.items()}
+        sidecar = SidecarWriter(folder / "experts" / "math.safetensors", layouts, fsync=False)
+        for name, part in parts.items():
+            sidecar.write(name, part)
         facts = {"expert": "math", "method": "free", "mode": mode, "backbone": backbone_fingerprint(checksums)}
         sidecar.finish(facts, SCALES)
         inputs = [MergeInput.of(backbone, "base"), MergeInput.of(tuned, "expert")]
@@ -147,7 +149,10 @@ def test_list_experts(merged):
     (summary,) = list_experts(folder)
     entries = sum(r.count for r in rows.values())
     elements = sum(int(np.prod(r.shape)) for r in rows.values())
-    assert (summary.name, summary.mode, summary.tensors, summary.entries) == ("math", "add", 3, entries)
+    assert (summary.name, summary.mode, summary.tensors, summary.parameters) == ("math", "add", 3, entries)
+    assert summary.kinds == "rows 3"
     assert summary.density == entries / elements
     assert summary.scales == (-0.1, 3.5)
     assert summary.nbytes == summary.file.stat().st_size
+    with open_checkpoint(folder) as backbone:
+        assert summary.share == summary.nbytes / sum(info.nbytes for info in backbone.tensors.values())

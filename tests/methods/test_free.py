@@ -199,9 +199,10 @@ def test_counts_of_model_selection_are_those_of_the_entries(given, relative_to):
     found = free.select_over_model(
         *([tensors[name] for name in SHAPES] for tensors in (base, merged, expert)), **parameters
     )
-    for name, (selection, count) in zip(SHAPES, found, strict=True):
-        rows = free.extract_expert(base[name], merged[name], expert[name], name=name, within=selection, **parameters)
-        assert rows.count == count
+    for name, (selection, layout) in zip(SHAPES, found, strict=True):
+        given = {"name": name, "within": [selection], **parameters}
+        (rows,) = free.cut_experts(base[name], merged[name], [expert[name]], **given).parts
+        assert (rows is None and expert[name].size == 0) or rows.layout == layout
 
 
 @pytest.mark.parametrize("given", [{"density": 1.5}, {"density": -0.1}, {"removal": 2.0}], ids=str)
@@ -218,5 +219,6 @@ def test_counts_are_known_from_shapes(models):
         merged = merge_state_dicts("free", base, experts, **given)
         for expert in merged.experts:
             for name, shape in SHAPES.items():
-                held = expert.tensors[name].count if name in expert.tensors else 0
-                assert held == methods.get("free").module.expert_count(name, shape, **parameters), (given, name)
+                held = expert.tensors[name].layout if name in expert.tensors else None
+                planned = methods.get("free").module.plan_expert(name, shape, np.dtype(np.float32), **parameters)
+                assert held == planned, (given, name)
