@@ -23,6 +23,7 @@ from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 from freemerge.kernels.array import Array, SparseRows, column_dtype, dtype_of, empty, is_float, is_tensor, rows_of
 from freemerge.kernels.weighted_sum import weighted_sum
+from freemerge.methods._linear_algebra import Triplets
 from freemerge.methods._task_vectors import add_update
 
 __all__ = ["KINDS", "Cut", "Difference", "Layout", "LowRank", "Mask", "Part", "Rows", "apply_parts"]
@@ -201,6 +202,12 @@ class LowRank(Part):
     @classmethod
     def suggested(cls, shape: tuple[int, ...], found: Arrays) -> Layout:
         return cls.planned(shape, found["left"][1][-1])
+
+    @classmethod
+    def of_triplets(cls, found: Triplets, shape: tuple[int, ...]) -> "LowRank":
+        """Of singular triplets, the values multiplied into the left vectors."""
+        left, right = _float32(found.left * found.values), found.right.T
+        return cls(left, right.contiguous() if is_tensor(right) else np.ascontiguousarray(right), tuple(shape))
 
     @property
     def parameters(self) -> int:

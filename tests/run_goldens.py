@@ -328,6 +328,31 @@ def emr(case: Case) -> dict[str, Callable[[], StateDict]]:
     return groups
 
 
+def twin(case: Case) -> dict[str, Callable[[], StateDict]]:
+    hyper, variant = case.hyper, case.variant.removesuffix("_twin")
+    if variant not in methods.get("twin").variants:
+        raise Unsupported(f"variant {case.variant}")
+    given = {"variant": variant, "scaling": hyper.get("shared_factor", hyper.get("scaling", hyper.get("lam")))}
+    given |= {"exclude": [f"^(?:{pattern})" for pattern in hyper.get("exclude", ())]}
+    given["density"] = 1 - hyper["mask_rate"] if "mask_rate" in hyper else hyper.get("keep", hyper.get("expert_density"))
+    given["expert_scaling"] = hyper.get("expert_factor", 1.0)
+    given |= {"weight": hyper["weight"]} if "weight" in hyper else {}
+    given |= {"compression": hyper["mask_strategy"]} if "mask_strategy" in hyper else {}
+    merged = merge_state_dicts("twin", case.base, case.experts, **given)
+
+    def unscaled():  # the sum of the task vectors, merged onto zeros
+        vectors = task_vectors(case)
+        return merge_state_dicts("twin", zeros_like(vectors[0]), vectors, **given | {"scaling": 1.0})
+
+    whole = merged.experts[hyper["task"]].apply(merged) if "task" in hyper else merged
+    groups = {"expected": lambda: whole, "expected_shared": unscaled}
+    groups["expected_infer"] = lambda: merged.with_experts(chances(case))
+    for t, expert in enumerate(merged.experts):
+        groups[f"expected_task{t}"] = lambda expert=expert: expert.apply(merged)
+        groups[f"expected_expert{t}"] = lambda expert=expert: expert.apply(zeros_like(merged))
+    return groups
+
+
 def masks(expert) -> StateDict:
     return {name: unpack_mask(part.mask, part.shape).astype(np.uint8) for name, part in expert.tensors.items()}
 
@@ -456,6 +481,7 @@ COMPUTE = {
     "tsvm": plain,
     "tall_mask": tall_mask,
     "emr": emr,
+    "twin": twin,
     "adamerging": adamerging,
     "opcm": opcm,
     "doge": doge,
