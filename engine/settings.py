@@ -133,7 +133,7 @@ def _check_slices(recipe: Recipe, method) -> list[str]:
 
 def _check_modules(recipe: Recipe, method) -> list[str]:
     problems = _check_all("parameters", recipe.parameters, method, shared=True)
-    if method.writes_experts or method.merges_adapters or method.scope == "model":
+    if method.leaves_experts(recipe.parameters) or method.merges_adapters or method.scope == "model":
         problems.append(f"modules: {method.name} looks at whole models; give them as models")
     for module in recipe.modules:
         found = [problem for problem in check_recipe(module.recipe, method) if problem not in problems]

@@ -334,7 +334,9 @@ def twin(case: Case) -> dict[str, Callable[[], StateDict]]:
         raise Unsupported(f"variant {case.variant}")
     given = {"variant": variant, "scaling": hyper.get("shared_factor", hyper.get("scaling", hyper.get("lam")))}
     given |= {"exclude": [f"^(?:{pattern})" for pattern in hyper.get("exclude", ())]}
-    given["density"] = 1 - hyper["mask_rate"] if "mask_rate" in hyper else hyper.get("keep", hyper.get("expert_density"))
+    given["density"] = (
+        1 - hyper["mask_rate"] if "mask_rate" in hyper else hyper.get("keep", hyper.get("expert_density"))
+    )
     given["expert_scaling"] = hyper.get("expert_factor", 1.0)
     given |= {"weight": hyper["weight"]} if "weight" in hyper else {}
     given |= {"compression": hyper["mask_strategy"]} if "mask_strategy" in hyper else {}

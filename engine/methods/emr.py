@@ -40,8 +40,8 @@ def merge_tensor(
     backbone: Literal["base", "unified"] = "base",
     out: Array,
 ) -> None:
-    """Write the base; beside it go U, which has the largest change of any expert in the direction of the sum of all, and
-    for each expert the mask of the entries in which it goes that way, scaled to be as large as its own changes.
+    """Write the base; beside it go U, the largest change of any expert in the direction of the sum of all, and for each
+    expert the mask of the entries in which it goes that way, scaled to be as large as its own changes.
 
     Args:
         means: what an average is: per_tensor adds up the means of all tensors, whatever their size; flat is the mean

@@ -108,6 +108,13 @@ def test_experts_are_listed_applied_and_extracted(zoo):
     assert run("experts", "apply", "out", "again", "plain2").exit_code == 0
     assert (zoo / "plain/model.safetensors").read_bytes() == (zoo / "plain2/model.safetensors").read_bytes()
     assert run("verify", "out").exit_code == 0
+    assert run("experts", "apply", "out", "math=0.75,again=0.25", "plain3").exit_code == 0  # the same expert twice
+    both = load_file("plain3/model.safetensors")
+    np.testing.assert_allclose(both[name], plain[name], rtol=0, atol=1e-6)
+    for given, said in [("math=much", "NAME=WEIGHT"), ("math,math=2", "given twice"), ("math=1,law=2", "there are: ")]:
+        answer = run("experts", "apply", "out", given, "plain4")
+        assert answer.exit_code != 0
+        assert said in answer.stderr
 
 
 def test_an_expert_that_is_not_there_is_told_with_those_that_are(zoo):

@@ -37,6 +37,8 @@ MANY = [
     ("opcm", {}),
     ("tall_mask", {"consensus": 1}),
     ("tsvm", {}),
+    ("twin", {}),
+    ("twin", {"compression": "magnitude", "elect": True}),
     ("ties", {"weight": [1.0, 0.5, 0.2], "density": 0.3}),
     ("breadcrumbs", {"density": 0.4}),
     ("breadcrumbs_ties", {"density": 0.4}),
