@@ -57,7 +57,7 @@ FAMILIES = {
     "Statistics of the whole model": ("ties_merging", "dare_ties_merging", "pcb", "tall_mask"),
     "Singular vectors": ("iso_c", "iso_cts", "tsvm", "opcm", "doge"),
     "LoRA adapters": ("copa",),
-    "Experts beside a backbone": ("emr", "twin"),
+    "Experts beside a backbone": ("emr", "twin", "smile"),
     "Angles": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
     "One model": ("passthrough",),
 }

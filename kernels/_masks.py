@@ -4,6 +4,8 @@ Entry i, in row-major order, is bit i % 8 of byte i // 8; bits after the last en
 with &, | and ^ as they are.
 """
 
+import sys
+
 import numpy as np
 
 from freemerge.errors import ShapeError
@@ -22,7 +24,11 @@ def empty_mask(array: Array) -> Array:
 
 
 def pack_mask(kept: Array) -> Array:
-    """The mask of a NumPy array of bools."""
+    """The mask of an array of bools, of its kind."""
+    if is_tensor(kept):
+        torch = sys.modules["torch"]
+        eights = torch.nn.functional.pad(kept.reshape(-1).to(torch.uint8), (0, -kept.numel() % 8)).reshape(-1, 8)
+        return (eights << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
     return np.packbits(np.asarray(kept).reshape(-1), bitorder="little")
 
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from freemerge import merge_state_dicts, methods
 from freemerge.experts.interventions import INTERVENTIONS, at_position
+from freemerge.experts.routed_layer import forward as layer_forward
+from freemerge.experts.routed_layer import route
 from freemerge.kernels._masks import pack_mask, unpack_mask
 from freemerge.kernels.balance_scores import balance_scores
 from freemerge.kernels.drop_mask import draw_key, keep_probabilities
@@ -44,6 +46,7 @@ RTOL = {
     ("saft", "expected_step"): 2e-6,
     ("smile", "expected_expert"): 1e-5,
     ("smile", "expected_forward"): 2e-5,
+    ("smile", "expected_gate"): 1e-5,  # as the experts, whose right singular vectors its rows are
     ("tsvm", "expected"): 2e-6,
     ("twin", "expected_expert"): 5e-4,
     ("twin", "expected_infer"): 2e-6,
@@ -355,6 +358,41 @@ def twin(case: Case) -> dict[str, Callable[[], StateDict]]:
     return groups
 
 
+def smile(case: Case) -> dict[str, Callable[[], StateDict]]:
+    hyper = case.hyper
+    given = {"rank": hyper["k"], "gate_rank": hyper["gate_k"], "top_k": hyper["top_k"]}
+    given["gate_from"] = "difference" if hyper["routing_use_diff"] else "weights"
+    merged = merge_state_dicts("smile", case.base, case.experts, **given)
+    (weight,) = (name for name in case.base if name.endswith("weight"))
+    bias = next((name for name in case.base if name.endswith("bias")), None)
+    gate = merged.shared[weight]["gate"]
+
+    def expert(t):  # singular vectors are defined up to their sign: the golden's u and svh are turned like ours
+        part, golden = merged.experts[t].tensors[weight], case.groups[f"expected_expert{t}"]
+        found = {"bias": merged.experts[t].tensors[bias].difference} if bias else {}
+        if part.kind == "difference":
+            return found | {"weight": part.difference}
+        values = np.linalg.norm(part.left, axis=0)
+        signs = np.sign(np.sum(part.right * golden["svh"], axis=1))
+        found |= {"u": part.left / values * signs, "svh": part.right * (values * signs)[:, None]}
+        return found | {"product": found["u"] @ found["svh"]}
+
+    def forward():
+        inputs = case.groups["aux"]["x"]
+        routing = route(inputs, gate, len(case.experts), hyper["top_k"])
+        parts = [expert.tensors[weight] for expert in merged.experts]
+        biases = [expert.tensors[bias] if bias else None for expert in merged.experts]
+        outputs = layer_forward(inputs, merged[weight], merged[bias] if bias else None, parts, biases, routing.weights)
+        return {"router_logits": routing.logits, "router_prob": routing.probabilities, "y": outputs}
+
+    def turned():  # each row up to its sign
+        golden = case.groups["expected_gate"]["weight"]
+        return {"weight": gate * np.sign(np.sum(gate * golden, axis=1, keepdims=True))}
+
+    groups = {"expected_forward": forward, "expected_gate": turned}
+    return groups | {f"expected_expert{t}": lambda t=t: expert(t) for t in range(len(case.experts))}
+
+
 def masks(expert) -> StateDict:
     return {name: unpack_mask(part.mask, part.shape).astype(np.uint8) for name, part in expert.tensors.items()}
 
@@ -383,16 +421,16 @@ def tall_mask(case: Case) -> dict[str, Callable[[], StateDict]]:
     given["consensus"] = case.hyper["consensus_threshold"]
     vectors = task_vectors(case)
 
-    def mask(**chosen):  # where anything is left of the sum, merged onto zeros
-        merged = merge_state_dicts("tall_mask", zeros_like(vectors[0]), vectors, **given | chosen)
+    def mask():  # where anything is left of the sum, merged onto zeros
+        merged = merge_state_dicts("tall_mask", zeros_like(vectors[0]), vectors, **given)
         return {name: (array != 0).astype(np.uint8) for name, array in merged.items()}
+
+    beside = merge_state_dicts("tall_mask", case.base, case.experts, **given, backbone="base")
 
     groups = whole_weights(case, "tall_mask", **given) | {"expected_consensus_mask": mask}
     for t in range(len(vectors)):
-        groups[f"expected_task{t}"] = lambda t=t: merge_state_dicts(
-            "tall_mask", case.base, case.experts, **given, task=t
-        )
-        groups[f"expected_mask{t}"] = lambda t=t: mask(task=t)
+        groups[f"expected_task{t}"] = lambda t=t: beside.experts[t].apply(beside)
+        groups[f"expected_mask{t}"] = lambda t=t: masks(beside.experts[t])
     return groups
 
 
@@ -484,6 +522,7 @@ COMPUTE = {
     "tall_mask": tall_mask,
     "emr": emr,
     "twin": twin,
+    "smile": smile,
     "adamerging": adamerging,
     "opcm": opcm,
     "doge": doge,

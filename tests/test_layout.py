@@ -20,7 +20,7 @@ LAYERS = [
     [f"kernels.{op}" for op in OPS],
     ["kernels.triton", "kernels.cuda"],
     ["methods", "parts", "checkpoint"],
-    ["experts.sidecar", "experts.apply", "experts.memory", "experts"],
+    ["experts.sidecar", "experts.apply", "experts.memory", "experts.routed_layer", "experts"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
     ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],

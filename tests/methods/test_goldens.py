@@ -21,7 +21,7 @@ def test_golden(path):
 def test_there_are_goldens_of_every_method():
     reproduced = {"adamerging", "average", "doge", "emr", "fr", "free", "iso_c", "iso_cts", "opcm", "tall_mask"}
     reproduced |= {"fr_filter", "task_arithmetic", "tsvm", "mergekit", "breadcrumbs", "dare", "ties", "pcb"}
-    reproduced |= {"copa", "intervmerge", "twin"}
+    reproduced |= {"copa", "intervmerge", "smile", "twin"}
     assert {path.parent.name for path in CASES} == reproduced
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from freemerge import merge_state_dicts, methods
 from freemerge.errors import CheckpointError, RecipeError
+from freemerge.kernels._masks import pack_mask
 from freemerge.testing import poisoned, random_array
 
 
@@ -39,6 +40,31 @@ def test_a_task_alone(tensors):
     for t in range(3):
         out = merged("tall_mask", base, experts, scaling=1.0, task=t)
         np.testing.assert_allclose(out, base + claimed[t] * total, atol=2e-6)
+
+
+@pytest.mark.parametrize("run", [8, 1 << 21])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_experts_beside_the_base_are_the_tasks(tensors, monkeypatch, run, dtype):
+    monkeypatch.setattr(methods.get("tall_mask").module, "RUN", run)
+    base, *experts = ({"w": tensor.astype(dtype), "b": tensor[0, :5].astype(dtype)} for tensor in tensors)
+    given = {"scaling": 0.5, "threshold": [0.4, 0.6, 0.2]}
+    merged = merge_state_dicts("tall_mask", base, experts, backbone="base", **given)
+    for t, expert in enumerate(merged.experts):
+        alone = merge_state_dicts("tall_mask", base, experts, task=t, **given)
+        applied = expert.apply(merged)
+        for name in base:
+            np.testing.assert_array_equal(merged[name], base[name])
+            # the shared sum is rounded to the result's dtype, here once more
+            ulps = 0 if dtype == np.float32 else 2 * np.finfo(dtype).eps * np.abs(alone[name]).max()
+            np.testing.assert_allclose(applied[name], alone[name], rtol=0, atol=ulps)
+    assert merge_state_dicts("tall_mask", base, experts, **given).experts == ()
+
+
+def test_masks_are_packed_alike_by_torch():
+    torch = pytest.importorskip("torch")
+    for n in (0, 1, 8, 13, 1000):
+        kept = np.random.default_rng(n).random(n) < 0.4
+        np.testing.assert_array_equal(pack_mask(torch.from_numpy(kept)).numpy(), pack_mask(kept))
 
 
 def test_any_shape_and_experts_that_do_not_move():
