@@ -13,7 +13,7 @@ from freemerge.parts import LowRank, Part
 
 
 class Routing(NamedTuple):
-    """Of n inputs and T experts, all [n, T]: norms in the gate, their softmax, and the weight of each expert's answer."""
+    """Of n inputs and T experts, [n, T]: norms in the gate, their softmax, and the weights of the answers."""
 
     logits: Array
     probabilities: Array
