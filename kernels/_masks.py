@@ -25,7 +25,7 @@ def empty_mask(array: Array) -> Array:
 
 def pack_mask(kept: Array) -> Array:
     """The mask of an array of bools, of its kind."""
-    if is_tensor(kept):
+    if is_tensor(kept) and not isinstance(kept, np.bool_):  # what comparing 0-d arrays gives
         torch = sys.modules["torch"]
         eights = torch.nn.functional.pad(kept.reshape(-1).to(torch.uint8), (0, -kept.numel() % 8)).reshape(-1, 8)
         return (eights << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
