@@ -9,11 +9,13 @@ import os
 import re
 from functools import partial
 
+import numpy as np
+
 from freemerge.checkpoint.files import FileState, check_unchanged, fingerprint
 from freemerge.checkpoint.header import few, shown
 from freemerge.checkpoint.low_rank import Change, LowRank
 from freemerge.errors import CheckpointError, listed
-from freemerge.kernels.array import is_float
+from freemerge.kernels.array import Array, is_float
 from freemerge.lora_names import part_of
 
 CONFIG = "adapter_config.json"
@@ -33,6 +35,8 @@ REFUSED = {
 }
 _CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 _PREFIX = re.compile(r"^base_model\.(model\.)?")
+_UNUSED = re.compile(r"\.original_module\.")  # of modules_to_save, whose trained copy is what counts
+_HEADED = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
 _WRAPPER = re.compile(r"\.(base_layer|modules_to_save\.default|modules_to_save)(?=\.)")
 
 
@@ -105,8 +109,11 @@ class _Reading:
         self.changes: dict[str, Change] = {}
         self._modules: dict[str, dict[str, str]] = {}  # module -> "lora_A.weight" -> key
         self._taken: dict[str, str] = {}
+        self._tied = tied_embedding(base)
         names, whole = set(), []
         for key in adapter.checkpoint.tensors:
+            if _UNUSED.search(key):
+                continue
             part = part_of(path := _plain(key))
             if part is None:
                 whole.append((key, path))
@@ -117,14 +124,27 @@ class _Reading:
             several = ", ".join(sorted(name or "a nameless one" for name in names))
             self.problems.append(f"holds several adapters ({several}); save each on its own")
             return
-        for key, path in whole:
+        for key, path in self._without_tied_head(whole):
             self._replace(key, path)
         for module, parts in self._modules.items():
             self._update(module, parts)
 
+    def _without_tied_head(self, whole: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Without a head that is saved too and was trained with the embedding it is tied to; that may change then."""
+        read = self.adapter.checkpoint.read
+        embeddings = [key for key, path in whole if self._tied and path.endswith(self._tied)]
+        heads = [key for key, path in whole if self._tied and "head" in path and path not in self.base.tensors]
+        copies = [key for key in heads if any(_equal(read(key), read(other)) for other in embeddings)]
+        if self.adapter.config.get("ensure_weight_tying") and embeddings:
+            self._tied = None
+        updated = any(f"{module}.weight".endswith(self._tied or " ") for module in self._modules)
+        if copies and not updated:
+            self._tied = None
+        return [(key, path) for key, path in whole if key not in copies]
+
     def _replace(self, key: str, path: str) -> None:
         name = self._find(key, path)
-        if name is None:
+        if name is None or self._unties(key, name):
             return
         ours, theirs = self.base.tensors[name], self.adapter.checkpoint.tensors[key]
         if ours.shape != theirs.shape or is_float(ours.dtype) != is_float(theirs.dtype):
@@ -143,7 +163,7 @@ class _Reading:
             self.problems.append(f"{module}: {said}")
             return
         name = self._find(a, f"{module}.weight")
-        if name is None:
+        if name is None or self._unties(a, name):
             return
         rank, scaling = self.adapter.rank_and_scaling(module)
         transposed = embedding or bool(self.adapter.config.get("fan_in_fan_out"))
@@ -200,6 +220,16 @@ class _Reading:
             return found[0]
         return None
 
+    def _unties(self, key: str, name: str) -> bool:
+        """Whether it changes an embedding that is the output head too, which in PEFT stays as it is; a problem."""
+        if name != self._tied or _equal(self.adapter.checkpoint.read(key), self.base.read(name)):
+            return False
+        self.problems.append(
+            f"{shown(key)}: {name} is the output head of {self.base.label} too, which this adapter leaves as it is "
+            "(save the base with a head of its own)"
+        )
+        return True
+
     def _tie_hint(self, path: str) -> str:
         tied = (self.base.config or {}).get("tie_word_embeddings") and "head" in path
         return " (it is tied to the embedding there: save the base with a head of its own)" if tied else ""
@@ -208,6 +238,22 @@ class _Reading:
         shape = list(self.adapter.checkpoint.tensors[key].shape)
         info = self.base.tensors[name]
         self.problems.append(f"{before}{shown(key)}: {shape}; {name} is {list(info.shape)} in {self.base.label}")
+
+
+def tied_embedding(base) -> str | None:
+    """The embedding of a language model that has no output head of its own: the two are one weight."""
+    config = base.config or {}
+    if not any(_HEADED.search(str(name)) for name in config.get("architectures") or ()):
+        return None
+    vocabulary = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    outside = {n: i.shape for n, i in base.tensors.items() if not any(part.isdecimal() for part in n.split("."))}
+    found = [name for name, shape in outside.items() if len(shape) == 2 and shape[0] == vocabulary]
+    embeddings = [name for name in found if any(word in name for word in ("embed", "wte", "shared"))]
+    return embeddings[0] if len(embeddings) == 1 == len(found) else None
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(a.astype(np.float32), b.astype(np.float32)))
 
 
 def _expected(shape: tuple[int, ...], rank: int, transposed: bool) -> list[tuple]:

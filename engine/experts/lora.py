@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from freemerge.checkpoint.adapter import CONFIG
+from freemerge.checkpoint.adapter import CONFIG, tied_embedding
 from freemerge.checkpoint.layout import Entry, plan_shard
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.torch_arrays import same_bytes
@@ -80,8 +80,11 @@ def extract_adapter(
         tuned = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle, base=base))
         cut = _Cut(start, tuned, rank)
         if cut.left_out and not leave_out:
-            problems = (f"{name}: changed, but no layer's weight or bias" for name in cut.left_out)
+            problems = (f"{name}: {cut.why_not(name)}" for name in cut.left_out)
             raise InputError(listed(problems, "An adapter cannot hold these; pass --leave-out to do without them."))
+        if not cut.low_rank:
+            problem = f"{tuned.label}: no matrix of a linear layer has changed that a rank of {rank} would make smaller"
+            raise InputError(listed([problem], "PEFT loads no adapter without one; keep the fine-tuned model."))
         with WorkDir.open(Path(out), fingerprint="adapter", overwrite=overwrite, resume=False, fsync=fsync) as work:
             shard = plan_shard(WEIGHTS, cut.entries())
             with CheckpointWriter(work.staging, [shard], fsync=fsync) as writer:
@@ -110,12 +113,19 @@ class _Cut:
         self.transposed = any(self._is_transposed(name) for name in base.tensors)
         self.low_rank = {name for name in changed if self._is_low_rank(name)}
         others = [name for name in changed if name not in self.low_rank]
-        self.left_out = [name for name in others if not name.endswith((".weight", ".bias"))]
+        self._tied = tied_embedding(base)
+        self.left_out = [name for name in others if not name.endswith((".weight", ".bias")) or name == self._tied]
         # PEFT saves a layer whole or not at all
         layers = {_layer(name) for name in others if name not in self.left_out}
         parts = (f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))
         self.whole = {name for name in parts if name in self._sources and name not in self.low_rank}
         self._written = [name for name in self._sources if name in {*self.low_rank, *self.whole, *self.left_out}]
+
+    def why_not(self, name: str) -> str:
+        """Why a tensor is left out."""
+        if name == self._tied:
+            return "changed, and it is the output head too, which stays as it is in PEFT"
+        return "changed, but no layer's weight or bias"
 
     def _is_transposed(self, name: str) -> bool | None:
         """Whether a matrix is stored [in, out], by the length of its bias; None where that does not tell."""
