@@ -1,108 +1,16 @@
 #include "freemerge/magnitude_threshold.h"
 
+#include <atomic>
+#include <cmath>
 #include <functional>
-#include <memory>
-#include <mutex>
-#include <utility>
+#include <optional>
 
 #include "freemerge/magnitude.h"
+#include "freemerge/mask.h"
 #include "freemerge/threads.h"
 
 namespace freemerge {
 namespace FREEMERGE_ISA {
-
-// A magnitude has 31 bits: a first sweep counts the upper 15 (exponent and 7 bits of the mantissa), a second one the lower 16
-// of the entries in the bucket that holds the rank.
-constexpr std::size_t BUCKETS = 65536;
-
-// Neighbours often fall into one bucket (a fine-tuned bfloat16 weight mostly changes by 0 or 1 ulp), and a counter cannot be
-// incremented twice within its latency: so each bucket has WAYS counters, used in turn.
-struct Histogram {
-  static constexpr std::size_t WAYS = 4;
-  std::vector<std::uint32_t> counts = std::vector<std::uint32_t>(BUCKETS * WAYS);
-
-  void count_upper(const float* tile, std::size_t n) {
-    for (std::size_t i = 0; i < n; ++i) ++counts[static_cast<std::size_t>(magnitude_of(tile[i]) >> 16) * WAYS + i % WAYS];
-  }
-
-  void count_lower(const float* tile, std::size_t n, Magnitude bucket) {
-    std::size_t i = 0;
-    for (; i + GROUP <= n; i += GROUP)
-      if (any_in(tile + i, bucket)) count_group(tile + i, GROUP, bucket);
-    count_group(tile + i, n - i, bucket);
-  }
-
- private:
-  static bool any_in(const float* values, Magnitude bucket) {
-    Magnitude hits = 0;
-    for (std::size_t i = 0; i < GROUP; ++i) hits |= -(magnitude_of(values[i]) >> 16 == bucket);
-    return hits != 0;
-  }
-
-  void count_group(const float* values, std::size_t n, Magnitude bucket) {
-    for (std::size_t i = 0; i < n; ++i) {
-      const Magnitude magnitude = magnitude_of(values[i]);
-      if (magnitude >> 16 == bucket) ++counts[static_cast<std::size_t>(magnitude & 0xffff) * WAYS + i % WAYS];
-    }
-  }
-};
-
-// One histogram for each thread at work, whichever chunks it takes: counts add up to the same.
-class Histograms {
- public:
-  Histogram& take() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.empty()) {
-      all_.push_back(std::make_unique<Histogram>());
-      return *all_.back();
-    }
-    Histogram& histogram = *free_.back();
-    free_.pop_back();
-    return histogram;
-  }
-
-  void give_back(Histogram& histogram) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(&histogram);
-  }
-
-  // The bucket that holds the rank-th largest entry, and its rank in there.
-  std::pair<Magnitude, std::size_t> locate(std::size_t rank) const {
-    for (std::size_t bucket = BUCKETS; bucket-- > 0;) {
-      std::size_t count = 0;
-      for (const auto& histogram : all_)
-        for (std::size_t way = 0; way < Histogram::WAYS; ++way) count += histogram->counts[bucket * Histogram::WAYS + way];
-      if (rank <= count) return {static_cast<Magnitude>(bucket), rank};
-      rank -= count;
-    }
-    return {0, rank};
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Histogram>> all_;
-  std::vector<Histogram*> free_;
-};
-
-// Call visit(tile, n, histogram) for every tile of the task vectors of all tensors.
-template <class Visit>
-static void sweep(const std::vector<Pair>& tensors, Histograms& histograms, const Visit& visit) {
-  std::vector<std::size_t> first_chunk{0};
-  for (const Pair& tensor : tensors) first_chunk.push_back(first_chunk.back() + (tensor.n + CHUNK - 1) / CHUNK);
-  parallel_for(first_chunk.back(), [&](std::size_t chunk) {
-    const std::size_t which = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) - first_chunk.begin() - 1;
-    const Pair& tensor = tensors[which];
-    Histogram& histogram = histograms.take();
-    alignas(64) float tile[TILE];
-    std::size_t start = (chunk - first_chunk[which]) * CHUNK;
-    for (const std::size_t end = std::min(tensor.n, start + CHUNK); start < end; start += TILE) {
-      const std::size_t n = std::min(TILE, end - start);
-      task_vector_tile(tensor.base, tensor.expert, start, n, tile);
-      visit(tile, n, histogram);
-    }
-    histograms.give_back(histogram);
-  });
-}
 
 // The upper bits of the magnitudes in memory narrow the search to one bucket; what falls into it is copied and partly sorted.
 static std::size_t gather_bucket(const Magnitude* magnitudes, std::size_t n, std::size_t& rank, std::vector<Magnitude>& bucket) {
@@ -148,19 +56,119 @@ static Cut small_threshold(const std::vector<Pair>& tensors, std::size_t total, 
   return {value_of(cut.value), cut.ties};
 }
 
+// Two magnitudes between which the cut lies in all probability: all that is left to know is how many entries are above, and the
+// few that are between.
+struct Bracket {
+  Magnitude low, high;
+};
+
+struct Position {
+  std::size_t tensor, start;
+};
+
+static std::vector<std::size_t> first_elements(const std::vector<Pair>& tensors) {
+  std::vector<std::size_t> first{0};
+  for (const Pair& tensor : tensors) first.push_back(first.back() + tensor.n);
+  return first;
+}
+
+// From runs of entries spread evenly; the cut is four standard deviations away from either side.
+static Bracket guess(const std::vector<Pair>& tensors, std::size_t total, std::size_t rank) {
+  constexpr std::size_t RUN = 128, LEAST = 32768, MOST = 262144;
+  const std::size_t runs = std::clamp(total / 256, LEAST, MOST) / RUN;
+  const std::vector<std::size_t> first = first_elements(tensors);
+  std::vector<Magnitude> sample;
+  alignas(64) float tile[TILE];
+  for (std::size_t run = 0; run < runs; ++run) {
+    const std::size_t at = total / runs * run, which = std::upper_bound(first.begin(), first.end(), at) - first.begin() - 1;
+    const std::size_t n = std::min(RUN, first[which + 1] - at);
+    task_vector_tile(tensors[which].base, tensors[which].expert, at - first[which], n, tile);
+    std::transform(tile, tile + n, std::back_inserter(sample), magnitude_of);
+  }
+  const double size = static_cast<double>(sample.size()), share = static_cast<double>(rank) / static_cast<double>(total);
+  const double middle = size * share, margin = 4 * std::sqrt(size * share * (1 - share)) + 4;
+  const auto of_rank = [&](double place) {
+    const auto nth = sample.begin() + static_cast<std::ptrdiff_t>(place);
+    std::nth_element(sample.begin(), nth, sample.end(), std::greater<Magnitude>());
+    return *nth;
+  };
+  return {middle + margin < size - 1 ? of_rank(middle + margin) : 0, middle - margin > 0 ? of_rank(middle - margin) : INFINITE};
+}
+
+// What a chunk has of a bracket.
+struct Found {
+  std::size_t above = 0, at_high = 0, at_low = 0;
+  std::vector<Magnitude> between;
+
+  void add(const float* tile, std::size_t n, const Bracket& bracket) {
+    alignas(64) Magnitude magnitudes[TILE];
+    alignas(64) Keep inside[KEEP_TILE];
+    Magnitude over = 0, high = 0, low = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const Magnitude magnitude = magnitude_of(tile[i]);
+      over += magnitude > bracket.high;
+      high += magnitude == bracket.high;
+      low += magnitude == bracket.low;
+      inside[i] = -((magnitude > bracket.low) & (magnitude < bracket.high));
+      magnitudes[i] = magnitude;
+    }
+    above += static_cast<std::size_t>(over);
+    at_high += static_cast<std::size_t>(high);
+    at_low += static_cast<std::size_t>(low);
+    std::uint64_t words[TILE / 64] = {};
+    pack_tile(inside, n, reinterpret_cast<std::uint8_t*>(words), 0);
+    for (std::size_t w = 0; w < TILE / 64; ++w)
+      for (; words[w] != 0; words[w] &= words[w] - 1) between.push_back(magnitudes[64 * w + __builtin_ctzll(words[w])]);
+  }
+};
+
+// Of the bracket's own entries and those between: the cut, if it is among them.
+static std::optional<BitCut> cut_in(const Bracket& bracket, const std::vector<Found>& chunks, std::size_t rank) {
+  Found all;
+  for (const Found& chunk : chunks) {
+    all.above += chunk.above;
+    all.at_high += chunk.at_high;
+    all.at_low += chunk.at_low;
+    all.between.insert(all.between.end(), chunk.between.begin(), chunk.between.end());
+  }
+  if (rank <= all.above) return std::nullopt;
+  rank -= all.above;
+  if (rank <= all.at_high) return BitCut{bracket.high, rank};
+  rank -= all.at_high;
+  if (rank <= all.between.size()) return find_cut(all.between.data(), all.between.size(), rank);
+  rank -= all.between.size();
+  if (rank <= all.at_low && bracket.low < bracket.high) return BitCut{bracket.low, rank};
+  return std::nullopt;
+}
+
+static std::optional<BitCut> cut_in(const Bracket& bracket, const std::vector<Pair>& tensors, std::size_t total, std::size_t rank) {
+  std::vector<Found> chunks;
+  for (const Pair& tensor : tensors) {
+    const std::size_t before = chunks.size();
+    chunks.resize(before + (tensor.n + CHUNK - 1) / CHUNK);
+    std::atomic<std::size_t> between{0};
+    parallel_for(chunks.size() - before, [&](std::size_t chunk) {
+      alignas(64) float tile[TILE];
+      const std::size_t end = std::min(tensor.n, (chunk + 1) * CHUNK);
+      for (std::size_t start = chunk * CHUNK; start < end && between < total / 16; start += TILE) {
+        const std::size_t n = std::min(TILE, end - start);
+        task_vector_tile(tensor.base, tensor.expert, start, n, tile);
+        chunks[before + chunk].add(tile, n, bracket);
+      }
+      between += chunks[before + chunk].between.size();
+    });
+    if (between >= total / 16) return std::nullopt;  // far more than there should be: they are not held in memory
+  }
+  return cut_in(bracket, chunks, rank);
+}
+
 Cut magnitude_threshold(const std::vector<Pair>& tensors, std::size_t rank) {
   if (rank == 0) return {value_of(INFINITE), 0};
   std::size_t total = 0;
   for (const Pair& tensor : tensors) total += tensor.n;
   if (total <= SMALL) return small_threshold(tensors, total, rank);
-  Histograms upper, lower;
-  sweep(tensors, upper, [](const float* tile, std::size_t n, Histogram& histogram) { histogram.count_upper(tile, n); });
-  const auto [bucket, rank_in_bucket] = upper.locate(rank);
-  sweep(tensors, lower, [bucket = bucket](const float* tile, std::size_t n, Histogram& histogram) {
-    histogram.count_lower(tile, n, bucket);
-  });
-  const auto [low_bits, ties] = lower.locate(rank_in_bucket);
-  return {value_of(bucket << 16 | low_bits), ties};
+  if (const auto cut = cut_in(guess(tensors, total, rank), tensors, total, rank)) return {value_of(cut->value), cut->ties};
+  return threshold_by_histograms(tensors, rank);  // the sample was misleading
 }
 
 void row_thresholds(const Source& base, const Source& expert, std::size_t rows, std::size_t width, std::size_t rank, float* values,

@@ -32,6 +32,34 @@ def test_compiled_version_matches_reference(make, dtype, n):
         assert_matches_reference([base], [expert], rank)
 
 
+LARGE = 300_001  # from about here on, a sample says where to look
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32, np.float64], ids=str)
+@pytest.mark.parametrize("make", [random_array, tied])
+def test_large_tensors(make, dtype):
+    base, expert = make(LARGE, dtype, seed=0), make(LARGE, dtype, seed=1)
+    for rank in (1, 2, 100, LARGE // 5, LARGE // 2, LARGE - 1, LARGE):
+        assert_matches_reference([base], [expert], rank)
+
+
+@pytest.mark.parametrize("sampled", [0.5, 100])
+def test_a_misleading_sample(sampled):
+    expert = random_array(LARGE, np.float32, seed=0)
+    step = LARGE // 256
+    for start in range(0, step * 256, step):
+        expert[start : start + 128] = sampled
+    for rank in (1, 100, LARGE // 5, LARGE // 2, LARGE - 1, LARGE):
+        assert_matches_reference([None], [expert], rank)
+
+
+def test_large_tensors_that_are_ranked_together():
+    shapes = [(LARGE,), (0,), (70_001,), (), (500, 600)]
+    experts = [np.asarray(random_array(shape, BFLOAT16, seed=i)) for i, shape in enumerate(shapes)]
+    for rank in (1, LARGE // 3, LARGE, LARGE + 370_002):
+        assert_matches_reference([None] * 5, experts, rank)
+
+
 @pytest.mark.parametrize("shape", [(1, 1009), (1009, 1), (30, 2000), (0, 5), (5, 0), (3, 4, 7), (), (2, 70001)])
 @pytest.mark.parametrize("make", [random_array, tied])
 def test_rows(make, shape):

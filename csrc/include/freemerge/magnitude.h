@@ -49,5 +49,8 @@ struct BitCut {
 // The cut at `rank` (0 to n) of magnitudes in memory.
 BitCut find_cut(const Magnitude* magnitudes, std::size_t n, std::size_t rank);
 
+// As magnitude_threshold, of ranks above 0, in two sweeps whatever the values.
+Cut threshold_by_histograms(const std::vector<Pair>& tensors, std::size_t rank);
+
 }  // namespace FREEMERGE_ISA
 }  // namespace freemerge
