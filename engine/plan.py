@@ -196,6 +196,12 @@ class Plan:
         return replace(self, settled=self.method.module.settle(in_order, **first.settings, **known))
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the method of model scope knows enough before all of its sweeps."""
+        enough = getattr(self.method.module, "is_settled", None)
+        return self.settled is not None and enough is not None and enough(self.settled)
+
+    @property
     def _known(self) -> dict[str, Any]:
         return {"settled": self.settled} if self.method.scope == "model" else {}
 

@@ -163,7 +163,8 @@ def needs(method: Method) -> str:
 def _scope(method: Method) -> str:
     if method.scope != "model":
         return method.scope
-    return f"model, read {_SWEEPS.get(method.sweeps, f'{method.sweeps} times')} before it is merged"
+    most = "at most " if hasattr(method.module, "is_settled") else ""
+    return f"model, read {most}{_SWEEPS.get(method.sweeps, f'{method.sweeps} times')} before it is merged"
 
 
 def _names(method: Method, parameter: Parameter) -> str:

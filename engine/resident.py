@@ -27,6 +27,8 @@ def run(plan: Plan, sink, *, extraction=None, check_finite: bool = True) -> None
         CheckpointError: NaN or Inf in the result, and in which of its tensors; all of it is in the sink.
     """
     for _ in range(plan.method.sweeps if plan.measured else 0):
+        if plan.is_settled:
+            break
         plan = plan.settle({task.name: _measure_task(plan, task) for task in plan.measured})
     watch = _Finiteness(plan) if check_finite else None
     for task in plan.tasks:

@@ -87,6 +87,10 @@ class Stream:
         """What a method of model scope has to know of all tensors before it merges one."""
         tasks = self.plan.measured
         for _ in range(self.plan.method.sweeps if tasks else 0):
+            if self.plan.is_settled:
+                for task in tasks:
+                    self.progress.add(task, 1.0, written=False)
+                continue
             statistics: dict[str, np.ndarray] = {}
             self._run_threads(tasks, [Measurement(task, 0, task.size, statistics) for task in tasks])
             self.plan = self.plan.settle(statistics)

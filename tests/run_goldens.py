@@ -230,7 +230,7 @@ def pcb(case: Case) -> dict[str, Callable[[], StateDict]]:
         def looks_on(base, experts, *, name, agreement, settled, **others):
             scores = np.empty((len(experts), base.size), np.float32)
             balance_scores(base, experts, *settled.clips, normalized=agreement == "normalized", out=scores)
-            floor, top = settled.scores.values[t], settled.scores.values[t + len(experts)]
+            floor, top = settled.scores.values[t], settled.tops[t]
             found[name] = ((np.clip(scores[t].astype(float), floor, top) - floor) / (top - floor)).reshape(base.shape)
             merge_tensor(base, experts, name=name, agreement=agreement, settled=settled, **others)
 

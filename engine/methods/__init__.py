@@ -39,6 +39,8 @@ A method of scope "model" is called before anything is merged, for every merged 
     settle(statistics, **params) -> Any
         After each sweep: what follows from the arrays of all tensors, by name; from the second sweep on with
         settled=..., of the sweep before. merge_tensor gets the last as settled=... It is the same on every device.
+    is_settled(settled) -> bool
+        Optional: no further sweep is needed; SWEEPS is the most there are.
 
 A method of scope "model" that takes experts one after the other can keep a state (KEEPS_STATE), so that some can be
 added later (running_state.py). Its measure_tensor and merge_tensor also get, each None where there is none,

@@ -9,7 +9,17 @@ from freemerge.errors import RecipeError
 from freemerge.kernels.array import Array, is_tensor, numel, task_vector
 from freemerge.kernels.sign_majority import sign_majority
 from freemerge.methods import _order_statistics
-from freemerge.methods._order_statistics import Search
+from freemerge.methods._order_statistics import (
+    Search,
+    count,
+    guessed,
+    narrowed,
+    no_counts,
+    no_sample,
+    sample,
+    sampled,
+    sizes,
+)
 from freemerge.methods._task_vectors import add_update, namespace
 
 RUN, RUN_ON_GPU = 1 << 16, 1 << 22  # elements that add_selected has temporary arrays of at a time
@@ -25,27 +35,33 @@ class Trim:
 
 
 def measure_trim(base: Array, experts: Sequence[Array], settled: Search | None) -> np.ndarray:
-    if settled is None or settled.digits < _order_statistics.SWEEPS:
-        return _order_statistics.count_digits(base, experts, settled)
+    if settled is None:
+        return sample(sampled(base), [sampled(expert) for expert in experts], numel(base))
+    if not settled.complete:
+        return count(base, experts, settled)
     return np.array(sign_majority(base, experts, settled.values))
 
 
-def measure_nothing(count: int, settled: Search | None) -> np.ndarray:
+def measure_nothing(experts: int, settled: Search | None) -> np.ndarray:
     """What measuring a tensor that is left out gives."""
-    if settled is None or settled.digits < _order_statistics.SWEEPS:
-        return _order_statistics.no_digits(count, settled)
-    return np.array(0)
+    if settled is None:
+        return no_sample(experts)
+    return np.array(0) if settled.complete else no_counts(settled)
 
 
 def settle_trim(
     statistics: Mapping[str, np.ndarray], settled: Search | None, density: float, mask_rate: float | None
 ) -> Search | Trim:
+    found = statistics.values()
     if settled is None:
-        counts = sum(statistics.values()).sum(1)
-        settled = _order_statistics.smallest([_rank(int(n), density, mask_rate) for n in counts])
-    if settled.digits < _order_statistics.SWEEPS:
-        return _order_statistics.narrowed(settled, statistics.values())
-    return Trim(settled.values, int(np.sign(sum(map(int, statistics.values())))))
+        return guessed(found, [_rank(n, density, mask_rate) for n in sizes(found)])
+    if not settled.complete:
+        return narrowed(settled, found)
+    return Trim(settled.values, int(np.sign(sum(map(int, found)))))
+
+
+def is_settled(settled: Search | Trim) -> bool:
+    return isinstance(settled, Trim)
 
 
 def add_selected(base: Array, experts: Sequence[Array], trim: Trim, weights: Sequence[float], *, out: Array) -> None:

@@ -21,6 +21,7 @@ from freemerge.methods._trimming import Trim
 
 SCOPE = "model"
 SWEEPS = _trimming.SWEEPS
+is_settled = _trimming.is_settled
 SOURCE = "Yu et al. 2023, arXiv:2311.03099, code yule-BUAA/MergeLM; METHODS.md sections 2 and 4"
 ALIASES = {"lambda": "scaling"}
 

@@ -15,16 +15,17 @@ import numpy as np
 
 from freemerge.errors import RecipeError
 from freemerge.kernels.add_task_vectors import add_task_vectors
-from freemerge.kernels.array import Array, task_vector
+from freemerge.kernels.array import Array, numel, task_vector
 from freemerge.kernels.task_vector_statistics import task_vector_statistics
-from freemerge.methods import Patterns, TensorPlan, _order_statistics, matches
+from freemerge.methods import Patterns, TensorPlan, matches
+from freemerge.methods import _order_statistics as order_statistics
 from freemerge.methods._backbone import EMBEDDINGS_AND_HEADS
 from freemerge.methods._linear_algebra import triplets
 from freemerge.methods._spectral import is_spectral, plan_spectrally
 from freemerge.methods._task_vectors import add_update, namespace
 
 SCOPE = "model"
-SWEEPS = _order_statistics.SWEEPS
+SWEEPS = order_statistics.SWEEPS
 SOURCE = "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent, Wei et al. 2025, arXiv:2501.01230"
 SOURCE += "; METHODS.md section 10"
 ALIASES = {"lambda": "scaling", "lamda": "scaling", "lr": "learning_rate", "iters": "steps"}
@@ -45,7 +46,7 @@ def merge_tensor(
     learning_rate: float = 1e-4,
     include: Patterns = ("weight",),
     exclude: Patterns = EMBEDDINGS_AND_HEADS,
-    settled: _order_statistics.Search,
+    settled: order_statistics.Search,
     out: Array,
 ) -> None:
     """Write base + sum_t c_t * mask_t * (tau_t + X), with c_t = scaling / norm(tau_t), tau_t = experts[t] - base.
@@ -86,23 +87,30 @@ def measure_tensor(
     name: str,
     include: Sequence[str],
     exclude: Sequence[str],
-    settled: _order_statistics.Search | None = None,
+    settled: order_statistics.Search | None = None,
     **_,
 ) -> np.ndarray:
-    """[T, bins]: counts of a digit of the magnitudes."""
+    """A sample of the magnitudes, then counts of them."""
     if not _is_merged(name, tuple(base.shape), include, exclude):
-        return _order_statistics.no_digits(len(experts), settled)
-    return _order_statistics.count_digits(base, experts, settled)
+        return order_statistics.no_sample(len(experts)) if settled is None else order_statistics.no_counts(settled)
+    if settled is None:
+        some = [order_statistics.sampled(array) for array in (base, *experts)]
+        return order_statistics.sample(some[0], some[1:], numel(base))
+    return order_statistics.count(base, experts, settled)
 
 
 def settle(
-    statistics: Mapping[str, np.ndarray], *, density: float, settled: _order_statistics.Search | None = None, **_
-) -> _order_statistics.Search:
+    statistics: Mapping[str, np.ndarray], *, density: float, settled: order_statistics.Search | None = None, **_
+) -> order_statistics.Search:
     """The smallest magnitude that each task vector keeps; by the rule of TIES one entry more than asked."""
+    found = statistics.values()
     if settled is None:
-        counts = sum(statistics.values()).sum(1)
-        settled = _order_statistics.smallest([max(1, int(n) - int(n * density)) for n in counts])
-    return _order_statistics.narrowed(settled, statistics.values())
+        return order_statistics.guessed(found, [max(1, n - int(n * density)) for n in order_statistics.sizes(found)])
+    return order_statistics.narrowed(settled, found)
+
+
+def is_settled(settled: order_statistics.Search) -> bool:
+    return settled.complete
 
 
 def plan_tensor(

@@ -18,14 +18,16 @@ from freemerge.kernels.add_balanced import add_balanced
 from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.array import Array, empty, is_tensor, numel
 from freemerge.kernels.balance_scores import balance_scores
-from freemerge.methods import Patterns, PerExpert, TensorPlan, _order_statistics, matches
+from freemerge.kernels.count_range import keys_of, value_of
+from freemerge.methods import Patterns, PerExpert, TensorPlan, matches
+from freemerge.methods import _order_statistics as order_statistics
 from freemerge.methods._coefficients import per_expert
-from freemerge.methods._order_statistics import Search
+from freemerge.methods._order_statistics import Search, sampled
 from freemerge.methods._task_vectors import DENSE
 
 SCOPE = "model"
-SWEEPS = 2 * _order_statistics.SWEEPS  # over the magnitudes, over the scores
-RUN, RUN_ON_GPU = 1 << 18, 1 << 20  # entries whose scores are held at a time: they stay in a cache, or fill a GPU
+SWEEPS = 2 * order_statistics.SWEEPS  # over the magnitudes, over the scores
+RUN, RUN_ON_GPU = 1 << 17, 1 << 20  # entries whose scores are held at a time: they stay in a cache, or fill a GPU
 SOURCE = "Du et al. 2024, arXiv:2410.02396, code duguodong7/pcb-merging; METHODS.md section 6"
 ALIASES = {"lambda": "scaling", "ratio": "density"}
 VARIANTS = {
@@ -37,18 +39,16 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Settled:
-    """The search for where magnitudes are clipped, then that for the scores that are clipped to 0 and to 1."""
+    """The search for where magnitudes are clipped, then for the scores that are clipped to 0; the largest scores."""
 
     magnitudes: Search
     scores: Search | None = None
-
-    @property
-    def scoring(self) -> bool:
-        return self.magnitudes.digits == _order_statistics.SWEEPS
+    tops: tuple[float, ...] | None = None
 
     @property
     def clips(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return _halves(self.magnitudes.values)
+        values = self.magnitudes.values
+        return values[: len(values) // 2], values[len(values) // 2 :]
 
 
 def merge_tensor(
@@ -82,7 +82,7 @@ def merge_tensor(
     if matches(name, exclude):
         return add_task_vectors(base, [], [], out=out)
     weights = [scaling * number for number in per_expert(weight, len(experts))]
-    cuts = _halves(settled.scores.values)
+    cuts = settled.scores.values, settled.tops
     return add_balanced(base, experts, *settled.clips, *cuts, weights, normalized=agreement == "normalized", out=out)
 
 
@@ -96,35 +96,55 @@ def measure_tensor(
     settled: Settled | None = None,
     **_,
 ) -> np.ndarray:
-    """Counts of a digit: of the magnitudes, or of the scores."""
-    scoring = settled is not None and settled.scoring
-    search = None if settled is None else settled.scores if scoring else settled.magnitudes
+    """A sample of the magnitudes, counts; a sample of the scores, counts and beside them the keys of the largest."""
     if matches(name, exclude):
-        return _order_statistics.no_digits(len(experts), search)
-    if not scoring:
-        return _order_statistics.count_digits(base, experts, search)
-    counts = _order_statistics.no_digits(len(experts), search)
-    for scores in _scores(base, experts, settled, agreement):
-        counts += _order_statistics.count_digits(None, scores, search, magnitudes=False)
-    return counts
+        return _measure_nothing(len(experts), settled)
+    if settled is None:
+        some = [sampled(array) for array in (base, *experts)]
+        return order_statistics.sample(some[0], some[1:], numel(base))
+    if not settled.magnitudes.complete:
+        return order_statistics.count(base, experts, settled.magnitudes)
+    if settled.scores is None:
+        some = [sampled(array) for array in (base, *experts)]
+        return order_statistics.sample(None, _all_scores(some, settled, agreement), numel(base), magnitudes=False)
+    found = _measure_nothing(len(experts), settled)
+    for scores in _scores([base, *experts], settled, agreement):
+        found[:, :-1] += order_statistics.count(None, scores, settled.scores)
+        if settled.tops is None:
+            found[:, -1] = np.maximum(found[:, -1], _largest_keys(scores))
+    return found
+
+
+def _measure_nothing(experts: int, settled: Settled | None) -> np.ndarray:
+    if settled is None or (settled.magnitudes.complete and settled.scores is None):
+        return order_statistics.no_sample(experts)
+    if settled.scores is None:
+        return order_statistics.no_counts(settled.magnitudes)
+    counts = order_statistics.no_counts(settled.scores)
+    return np.column_stack([counts, np.zeros(len(counts), np.int64)])
 
 
 def settle(
     statistics: Mapping[str, np.ndarray], *, density: float, clamp: float, settled: Settled | None = None, **_
 ) -> Settled:
-    counts = sum(statistics.values())
+    found = statistics.values()
     if settled is None:
-        sizes = [int(n) for n in counts.sum(1)]
+        sizes = order_statistics.sizes(found)
         lows = [_rank(n, int(n * clamp)) for n in sizes]
-        settled = Settled(_order_statistics.smallest(lows + [_rank(n, int(n * (1 - clamp) - 1)) for n in sizes]))
-    if not settled.scoring:
-        return replace(settled, magnitudes=_order_statistics.narrowed(settled.magnitudes, [counts]))
-    search = settled.scores
-    if search is None:
-        sizes = [int(n) for n in counts.sum(1)]
-        floors = [_rank(n, int(n * (1 - density))) for n in sizes]
-        search = _order_statistics.smallest(floors + [_rank(n, n - 1) for n in sizes])
-    return replace(settled, scores=_order_statistics.narrowed(search, [counts]))
+        highs = [_rank(n, int(n * (1 - clamp) - 1)) for n in sizes]
+        return Settled(order_statistics.guessed(found, lows + highs))
+    if not settled.magnitudes.complete:
+        return replace(settled, magnitudes=order_statistics.narrowed(settled.magnitudes, found))
+    if settled.scores is None:
+        floors = [_rank(n, int(n * (1 - density))) for n in order_statistics.sizes(found)]
+        return replace(settled, scores=order_statistics.guessed(found, floors, magnitudes=False))
+    tops = settled.tops or tuple(map(value_of, np.max([one[:, -1] for one in found], axis=0).tolist()))
+    scores = order_statistics.narrowed(settled.scores, (one[:, :-1] for one in found))
+    return replace(settled, scores=scores, tops=tops)
+
+
+def is_settled(settled: Settled) -> bool:
+    return settled.scores is not None and settled.scores.complete
 
 
 def plan_tensor(
@@ -140,9 +160,9 @@ def plan_tensor(
     return TensorPlan("merge", "clip and balance over the model", held, elementwise=True)
 
 
-def _scores(base: Array, experts: Sequence[Array], settled: Settled, agreement: str) -> Iterator[Array]:
-    """The scores of one run of entries after the other, [T, n]."""
-    base, *experts = (array.reshape(-1) for array in (base, *experts))
+def _scores(arrays: Sequence[Array], settled: Settled, agreement: str) -> Iterator[Array]:
+    """The scores of one run of entries after the other, [T, n]; of base and experts."""
+    base, *experts = (array.reshape(-1) for array in arrays)
     size, most = numel(base), RUN_ON_GPU if is_tensor(base) else RUN
     room = empty((len(experts) * min(most, size),), np.dtype(np.float32), base)
     for start in range(0, size, most):
@@ -153,10 +173,16 @@ def _scores(base: Array, experts: Sequence[Array], settled: Settled, agreement: 
         yield scores
 
 
+def _all_scores(arrays: Sequence[Array], settled: Settled, agreement: str) -> Sequence[Array]:
+    """Those of few entries: T arrays."""
+    return next(_scores(arrays, settled, agreement), [arrays[0].reshape(-1)] * (len(arrays) - 1))
+
+
+def _largest_keys(scores: Array) -> np.ndarray:
+    return keys_of(scores.amax(1).cpu().numpy() if is_tensor(scores) else scores.max(1))
+
+
 def _rank(n: int, index: int) -> int:
     """From 1, of the entry with this place in ascending order, from 0."""
     return max(1, min(n, index + 1))
 
-
-def _halves(values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return values[: len(values) // 2], values[len(values) // 2 :]

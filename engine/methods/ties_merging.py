@@ -19,6 +19,7 @@ from freemerge.methods._trimming import Trim
 
 SCOPE = "model"
 SWEEPS = _trimming.SWEEPS
+is_settled = _trimming.is_settled
 SOURCE = "Yadav et al. 2023, arXiv:2306.01708, code prateeky2806/ties-merging, yule-BUAA/MergeLM; METHODS.md section 2"
 ALIASES = {"lambda": "scaling"}
 VARIANTS = {"original": {"density": 0.2}, "mergelm": {"mask_rate": 0.8}}

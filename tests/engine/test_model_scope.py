@@ -24,10 +24,11 @@ EXPERTS = [{**expert, "steps": BASE["steps"]} for expert in EXPERTS]
 class Normalized:
     """A method of two sweeps: every entry of the sum over its mean, less the largest of that over the model."""
 
-    SWEEPS = 2
+    def __init__(self, sweeps=2):
+        self.SWEEPS, self.calls = sweeps, []
 
-    def __init__(self):
-        self.calls = []
+    def is_settled(self, settled):
+        return isinstance(settled, tuple)
 
     def measure_tensor(self, base, experts, *, name, settled=None, **parameters):
         self.calls.append((name, settled))
@@ -46,8 +47,8 @@ class Normalized:
         out[...] = sum(task_vector(base, expert) for expert in experts) / mean - largest
 
 
-def run(how, base=BASE, experts=EXPERTS):
-    hooks, seen = Normalized(), []
+def run(how, base=BASE, experts=EXPERTS, sweeps=2):
+    hooks, seen = Normalized(sweeps), []
     method = replace(methods.get("opcm"), sweeps=hooks.SWEEPS, module=hooks)
     opened = [MemoryCheckpoint(one, label) for one, label in zip([base, *experts], "pqr", strict=True)]
     plan = make_plan(
@@ -73,11 +74,19 @@ def test_sweeps_then_the_merge(how):
     assert [settled for _, settled in calls] == [None, None, pytest.approx(3), pytest.approx(3)]
 
 
-def test_progress_counts_every_sweep():
-    _, _, seen = run("stream")
+@pytest.mark.parametrize("how", ["stream", "resident"])
+def test_no_more_sweeps_than_it_takes(how):
+    merged, calls, _ = run(how, sweeps=5)
+    assert len(calls) == 4
+    np.testing.assert_allclose(merged["a"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sweeps", [2, 5])
+def test_progress_counts_every_sweep(sweeps):
+    _, _, seen = run("stream", sweeps=sweeps)
     assert seen[-1][0] == seen[-1][1]
     read = 3 * sum(BASE[name].nbytes for name in "ab")
-    assert seen[-1][1] == 3 * read + sum(BASE[name].nbytes for name in "ab") + 2 * BASE["steps"].nbytes
+    assert seen[-1][1] == (1 + sweeps) * read + sum(BASE[name].nbytes for name in "ab") + 2 * BASE["steps"].nbytes
 
 
 @pytest.mark.parametrize("how", ["stream", "resident"])

@@ -35,7 +35,7 @@ DEFINES = {
     "high_pass_across.cu": transforms,
     "high_pass_transpose.cu": lambda _: [STORAGE],
     "high_pass_gain.cu": lambda _: [{}],
-    "count_digits.cu": lambda _: [STORAGE, STORAGE | {"BASE": "F64", "EXPERT": "F64"}],
+    "count_range.cu": lambda _: [STORAGE, STORAGE | {"BASE": "F64", "EXPERT": "F64"}],
 }
 # The limits of registers fit sm_80 and sm_90; for sm_100 the compiler schedules further ahead and lacks a few.
 MAY_USE_THE_STACK = {

@@ -37,7 +37,7 @@ struct Philox {
 
   // words[0 ... WORDS - 1] = those of the counters from `first` on, in order
   void draw(std::uint64_t first, std::uint32_t* words) const {
-    Lanes w0[GROUPS], w1[GROUPS], w2[GROUPS], w3[GROUPS];
+    Lanes w0[GROUPS] = {}, w1[GROUPS], w2[GROUPS], w3[GROUPS];
     for (std::size_t g = 0; g < GROUPS; ++g) {
       for (std::size_t lane = 0; lane < LANES; ++lane) w0[g][lane] = first + g * LANES + lane;
       w1[g] = w0[g] >> 32;

@@ -1,5 +1,5 @@
-// A histogram of one digit of the entries' keys (kernels/count_digits.py). A block counts in shared memory and adds what it has found
-// to device memory at its end.
+// A histogram of a range of the entries' keys (kernels/count_range.py). A block counts in shared memory, its threads count what lies
+// outside in registers, and adds what it has found to device memory at its end.
 #include "element.h"
 
 namespace freemerge {
@@ -20,20 +20,21 @@ __device__ __forceinline__ unsigned key_of(float value, bool magnitude) {
 
 using namespace freemerge::FREEMERGE_ISA;
 
-// base: [n] BASE, or null. counts: [2^width], added to. Counted are keys that begin as `found` does above the digit.
-// Shared memory has `ways` counters of each digit, beside each other: lanes that meet the same one wait less for each other.
+// base: [n] BASE, or null. counts: [bins], of the keys from `low` on; outside: [2], of those below and above; both added to.
+// Shared memory has `ways` counters of each bin, beside each other: lanes that meet the same one wait less for each other. After
+// them it has two words for each thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    count_digits(const void* base, const void* expert, long long n, unsigned found, int below, int width, int magnitudes, int ways,
-                 unsigned long long* counts) {
+    count_range(const void* base, const void* expert, long long n, unsigned low, int shift, int bins, int magnitudes, int ways,
+                unsigned long long* counts, unsigned long long* outside) {
   DYNAMIC_SHARED(unsigned, counters);
-  const int bins = 1 << width;
+  unsigned* edges = counters + bins * ways;
   for (int i = threadIdx.x; i < bins * ways; i += THREADS) {
     SHARED_WRITE(counters + i);
     counters[i] = 0;
   }
   __syncthreads();
 
-  const unsigned begin = found >> below >> width;   // in two steps: it may be 32 bits
+  unsigned below = 0, above = 0;
   unsigned* mine = counters + threadIdx.x % ways;
   for (long long first = blockIdx.x * static_cast<long long>(THREADS * EACH); first < n;
        first += gridDim.x * static_cast<long long>(THREADS * EACH)) {
@@ -47,10 +48,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     FREEMERGE_UNROLL(8)
     for (int k = 0; k < EACH; ++k) {
-      const unsigned key = key_of(task_vector(end[k], start[k]), magnitudes);
-      if (first + k * THREADS + threadIdx.x < n && key >> below >> width == begin)
-        SHARED_COUNT(mine + (key >> below & (bins - 1)) * ways);
+      if (first + k * THREADS + threadIdx.x >= n) continue;
+      const unsigned key = key_of(task_vector(end[k], start[k]), magnitudes), bin = (key - low) >> shift;
+      if (key < low) ++below;
+      else if (bin >= static_cast<unsigned>(bins)) ++above;
+      else SHARED_COUNT(mine + bin * ways);
     }
+  }
+  for (int side = 0; side < 2; ++side) {
+    SHARED_WRITE(edges + 2 * threadIdx.x + side);
+    edges[2 * threadIdx.x + side] = side ? above : below;
   }
   __syncthreads();
 
@@ -61,5 +68,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       total += counters[i];
     }
     if (total) atomicAdd(counts + bin, total);
+  }
+  if (threadIdx.x < 32) {   // each adds up every 16th thread of one side
+    unsigned long long total = 0;
+    for (int i = threadIdx.x; i < 2 * THREADS; i += 32) {
+      SHARED_READ(edges + i);
+      total += edges[i];
+    }
+    if (total) atomicAdd(outside + threadIdx.x % 2, total);
   }
 }
