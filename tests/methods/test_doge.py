@@ -123,5 +123,5 @@ def test_a_nan_is_found_where_it_is():
         merge_state_dicts("doge", base, experts)
 
 
-def test_three_sweeps_before_the_merge():
-    assert (methods.get("doge").scope, methods.get("doge").sweeps) == ("model", 3)
+def test_at_most_five_sweeps_before_the_merge():
+    assert (methods.get("doge").scope, methods.get("doge").sweeps) == ("model", 5)
