@@ -1,4 +1,4 @@
-"""Methods of singular vectors against the same arithmetic with torch.linalg.svd, in full, as in fusion_bench's functions.
+"""Methods of singular vectors against the same arithmetic with torch.linalg.svd in full, as fusion_bench has it.
 
     python benchmarks/spectral.py                        every method and shape, three experts: half an hour on 2 cores
     python benchmarks/spectral.py iso_c,tsvm 768x3072    some
@@ -79,7 +79,7 @@ def polar(matrix):
     return left @ right
 
 
-def torch_update(method: str, vectors: list[np.ndarray], double: bool) -> np.ndarray:
+def torch_update(method: str, vectors: list[np.ndarray], double: bool = False) -> np.ndarray:
     import torch
 
     tensors = [torch.from_numpy(vector) for vector in vectors]
@@ -100,8 +100,9 @@ def freemerge_update(method: str, vectors: list[np.ndarray]) -> np.ndarray:
 
 def measure(kind: str, method: str, shape: tuple[int, int], reference: str) -> dict[str, float]:
     """In a process of its own."""
+    import torch
+
     import freemerge  # noqa: F401
-    import torch  # noqa: F401
 
     vectors = make_inputs(shape)
     if kind == "float64":
@@ -111,10 +112,8 @@ def measure(kind: str, method: str, shape: tuple[int, int], reference: str) -> d
     freemerge_update(method, [vector[:64, :64].copy() for vector in vectors])
     watch = processes.PeakWatch(processes.os.getpid())
     before, started = processes.anonymous_bytes(watch.pid), time.perf_counter()
-    if kind == "freemerge":
-        update = freemerge_update(method, vectors)
-    else:
-        update = torch_update(method, vectors, double=False)
+    run = {"freemerge": freemerge_update, "torch": torch_update}[kind]
+    update = run(method, vectors)
     seconds, peak = time.perf_counter() - started, watch.stop()
     expected = np.load(reference)
     return {

@@ -185,4 +185,3 @@ def _largest_keys(scores: Array) -> np.ndarray:
 def _rank(n: int, index: int) -> int:
     """From 1, of the entry with this place in ascending order, from 0."""
     return max(1, min(n, index + 1))
-
