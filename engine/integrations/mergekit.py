@@ -2,15 +2,16 @@
 
     python -m freemerge.integrations.mergekit recipe.yml out [options of mergekit-yaml]
 
-is `mergekit-yaml` where `merge_method` may also be `fr`, `free` and `pcb`; a program that calls mergekit has them after
-`import freemerge.integrations.mergekit`. Parameters have freemerge's names, aliases and defaults (`freemerge methods
-fr`), and a `variant` can be named; filters and gradients are mergekit's. Patterns, such as `exclude`, are one regular
-expression each. mergekit passes over parameters that it does not know in silence.
+is `mergekit-yaml` where `merge_method` may also be `fr`, `free`, `emr` and `pcb`; a program that calls mergekit has
+them after `import freemerge.integrations.mergekit`. Parameters have freemerge's names, aliases and defaults (`freemerge
+methods fr`), and a `variant` can be named; filters and gradients are mergekit's. Patterns, such as `exclude`, are one
+regular expression each. mergekit passes over parameters that it does not know in silence.
 
 mergekit hands over one tensor at a time, and has no place for anything beside the model. So here
 
     fr      is the same, tensor for tensor
     free    writes the backbone alone, without experts
+    emr     writes the base plus the unified vector, without masks (in freemerge: `backbone: unified`)
     pcb     clips and selects within each tensor, by order statistics of its own; in freemerge, as in the paper, the
             entries of the whole model compete
 
@@ -19,7 +20,7 @@ these differences.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from freemerge import methods
@@ -43,33 +44,49 @@ try:
 except ImportError as error:
     raise UnavailableError(f"mergekit 0.1.5 or later is needed ({error}); pip install mergekit") from error
 
-PAPERS = {
-    "fr": "https://arxiv.org/abs/2411.16815",
-    "free": "https://arxiv.org/abs/2411.16815",
-    "pcb": "https://arxiv.org/abs/2410.02396",
+
+@dataclass(frozen=True)
+class Inside:
+    """A method as it is in mergekit: parameters that mean nothing there, and what they are instead."""
+
+    paper: str
+    left_out: frozenset[str] = frozenset({"crop"})  # mergekit refuses shapes that differ
+    instead: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "fr": Inside("https://arxiv.org/abs/2411.16815"),
+    "free": Inside(
+        "https://arxiv.org/abs/2411.16815",
+        frozenset({"crop", *(one.name for one in fields(SparseExpert))}),
+        {"density": 0.0, "rescale": 1.0},
+    ),
+    "emr": Inside("https://arxiv.org/abs/2405.17461", frozenset({"means", "backbone"}), {"backbone": "unified"}),
+    "pcb": Inside("https://arxiv.org/abs/2410.02396"),
 }
-OF_EXPERTS = {field.name for field in fields(SparseExpert)}  # parameters of what mergekit has no place for
-WITHOUT_EXPERTS = {"density": 0.0, "rescale": 1.0}
 KINDS = {"number": float, "integer": int, "flag": bool, "patterns": str}
 
 
 def add_methods() -> None:
     """Register the methods with mergekit; what is registered already stays."""
     known = {method.spec.name for method in registered_methods()}
-    for name in PAPERS.keys() - known:
+    for name in METHODS.keys() - known:
         register(in_mergekit(methods.get(name)))
 
 
 def in_mergekit(method: Method) -> FunctionalGroupMergeMethod:
     """The method as mergekit calls it: with tensors of one name."""
-    offered = _offered(method)
+    inside = METHODS[method.name]
+    offered = {name: parameter for name, parameter in method.parameters.items() if name not in inside.left_out}
+    parameters = [_parameter(name, offered[target]) for name, target in _names(method, offered).items()]
+    if variants := _variants(method, offered):
+        parameters.append(ParameterSpec("variant", Literal[variants] | None, ParameterScope.SHARED, None))
     spec = MergeMethodSpec(
         name=method.name,
-        parameters=[_parameter(name, offered[target]) for name, target in _names(method, offered).items()]
-        + [ParameterSpec("variant", Literal[tuple(method.variants)] | None, ParameterScope.SHARED, None)],
+        parameters=parameters,
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         pretty_name=f"{method.name} (freemerge)",
-        reference_url=PAPERS[method.name],
+        reference_url=inside.paper,
         optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     )
 
@@ -82,10 +99,9 @@ def in_mergekit(method: Method) -> FunctionalGroupMergeMethod:
     return FunctionalGroupMergeMethod(spec, merge)
 
 
-def _offered(method: Method) -> dict[str, Parameter]:
-    """Parameters that mean something to one tensor, all of one shape."""
-    left_out = {"crop", *(OF_EXPERTS if method.writes_experts else ())}
-    return {name: parameter for name, parameter in method.parameters.items() if name not in left_out}
+def _variants(method: Method, offered: Mapping[str, Parameter]) -> tuple[str, ...]:
+    """Those that preset something of what is offered."""
+    return tuple(name for name, presets in method.variants.items() if presets.keys() & offered.keys())
 
 
 def _names(method: Method, offered: Mapping[str, Parameter]) -> dict[str, str]:
@@ -109,7 +125,7 @@ def _settings(
     method: Method, offered: Mapping[str, Parameter], given: Mapping[str, Any], experts: Sequence[Any]
 ) -> dict[str, Any]:
     """Of what mergekit resolved for a tensor, what was given, as merge_state_dicts takes it."""
-    settings = dict(WITHOUT_EXPERTS) if method.writes_experts else {}
+    settings = dict(METHODS[method.name].instead)
     for name, target in _names(method, offered).items():
         value = given[name]
         if offered[target].per_expert:
@@ -120,7 +136,7 @@ def _settings(
                 value = [default if number is None else number for number in numbers]
         if value is not None:
             settings[target] = value
-    return settings | ({"variant": given["variant"]} if given["variant"] else {})
+    return settings | ({"variant": given["variant"]} if given.get("variant") else {})
 
 
 def main() -> None:
