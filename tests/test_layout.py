@@ -90,18 +90,7 @@ def test_every_op_has_reference_compiled_version_test_and_benchmark(op):
     assert versions(op)
 
 
-# The ops that run on the CPU alone until their GPU versions are written; methods made of them stay there
-# (devices.find_for)
-ON_THE_CPU_ONLY = {"add_masked_vector", "unified_vector"}
-
-
-@pytest.mark.parametrize("op", sorted(ON_THE_CPU_ONLY))
-def test_an_op_with_a_gpu_version_is_not_listed_as_without(op):
-    assert op in OPS
-    assert not dispatch.has_gpu_version(op)
-
-
-@pytest.mark.parametrize("op", sorted(set(OPS) - ON_THE_CPU_ONLY))
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_one_gpu_version_called_like_its_reference_and_a_test(op):
     paths = [path for folder in dispatch.GPU_FOLDERS if (path := ROOT / f"kernels/{folder}/{op}.py").exists()]
     assert len(paths) == 1

@@ -44,6 +44,7 @@ METHODS = {
     "ties_merging, largest": ("ties_merging", 2, {"combination": "max", "mask_rate": 0.8, "exclude": "norm"}),
     "dare_ties_merging": ("dare_ties_merging", 2, {"density": 0.5}),
     "pcb": ("pcb", 3, {}),
+    "emr, unified": ("emr", 3, {"backbone": "unified"}),
     "pcb, normalized": ("pcb", 2, {"agreement": "normalized", "weight": [0.8, 1.2]}),
 }
 OF_SUMS = {

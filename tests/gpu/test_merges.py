@@ -123,3 +123,32 @@ def test_experts_are_applied_on_the_device():
             np.testing.assert_array_equal(mine.tensors[name].on_host().to_dense(), rows.to_dense())
         # the rows come to wherever the state dict lies
         assert_agree(mine.apply(expected), theirs.apply(expected), 0)
+
+
+@pytest.mark.parametrize("through", ["files", "tensors"])
+def test_masks_are_cut_out_and_applied_on_the_device(tmp_path, through):
+    base, experts = state_dicts(FEW)
+    expected = freemerge.merge_state_dicts("emr", base, experts)
+    if through == "files":
+        folders = written(tmp_path, base, experts)
+        freemerge.merge("emr", folders[0], folders[1:], tmp_path / "out", device=DEVICE)
+        assert not verify(tmp_path / "out").problems
+        assert_agree(read(tmp_path / "out"), expected, 0)
+        found = [read_expert(tmp_path / "out" / "experts" / f"{name}.safetensors") for name in ("1", "2")]
+    else:
+        there = [{name: to_gpu(array) for name, array in tensors.items()} for tensors in (base, *experts)]
+        merged = freemerge.merge_state_dicts("emr", there[0], there[1:], device=DEVICE)
+        found = merged.experts
+    for mine, theirs in zip(found, expected.experts, strict=True):
+        for name, part in theirs.tensors.items():
+            there = mine.tensors[name]
+            np.testing.assert_array_equal(from_array(there.mask), part.mask)
+            assert_agree({name: from_array(there.vector)}, {name: part.vector}, 0)
+            assert mine.scale(name) == pytest.approx(theirs.scale(name), rel=1e-12)
+    if through == "tensors":  # a factor made of float64 sums may have another last bit in float32
+        applied = {name: from_array(tensor) for name, tensor in found[0].apply(merged).items()}
+        assert_agree(applied, expected.experts[0].apply(expected), 1)
+
+
+def from_array(array):
+    return from_torch(array.cpu()) if isinstance(array, torch.Tensor) else array

@@ -533,4 +533,29 @@ SIGNATURES = {
         BLOCK=512,
         num_warps=4,
     ),
+    "unified_vector._unified_vector_kernel bfloat16": dict(
+        base="*bf16",
+        experts=EXPERTS,
+        masks=("*u8",) * 3,
+        out="*bf16",
+        partial="*fp64",
+        n="i64:16",
+        T=3,
+        ROWS=128,
+        num_warps=4,
+    ),
+    "unified_vector._unified_vector_kernel eight experts, float32": dict(
+        base="*fp32",
+        experts=("*fp32",) * 8,
+        masks=("*u8",) * 8,
+        out="*fp32",
+        partial="*fp64",
+        n="i64",
+        T=8,
+        ROWS=128,
+        num_warps=8,
+    ),
+    "add_masked_vector._add_masked_vector_kernel bfloat16": dict(
+        array="*bf16", vector="*bf16", mask="*u8", scale="fp32", out="*bf16", n="i64:16", ROWS=128, num_warps=4
+    ),
 }
