@@ -24,6 +24,7 @@ void bind_magnitude_mask(py::module_&);
 void bind_magnitude_threshold(py::module_&);
 void bind_mask_statistics(py::module_&);
 void bind_near_swap(py::module_&);
+void bind_put_entries(py::module_&);
 void bind_sparse_rows(py::module_&);
 void bind_task_vector_statistics(py::module_&);
 void bind_task_vector_variance(py::module_&);
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_magnitude_threshold(m);
   bind_mask_statistics(m);
   bind_near_swap(m);
+  bind_put_entries(m);
   bind_sparse_rows(m);
   bind_task_vector_statistics(m);
   bind_task_vector_variance(m);

@@ -8,7 +8,15 @@ from freemerge.kernels.checks import check_count, check_float, check_like, check
 from freemerge.kernels.dispatch import implementation
 
 
-def apply_sparse_rows(array: Array, rows: SparseRows, scale: float, *, start: Array | None = None, out: Array) -> None:
+def apply_sparse_rows(
+    array: Array,
+    rows: SparseRows,
+    scale: float,
+    *,
+    start: Array | None = None,
+    out: Array,
+    kept: Array | None = None,
+) -> None:
     """Write `array` with the entries of `rows` added to it, or put in the place of what it holds there.
 
         out[i] = round( s[i] + scale * value[i] )    at the entries with value != 0
@@ -24,6 +32,7 @@ def apply_sparse_rows(array: Array, rows: SparseRows, scale: float, *, start: Ar
         scale: no unit.
         start: [rows.count], any float dtype, parallel to `rows.values`.
         out: like `array`, any float dtype. May be `array` itself: then only the entries are touched.
+        kept: [rows.count] of the dtype of `array`, filled with what it held at each entry: put_entries gives it back.
 
     Raises:
         ShapeError: arrays do not fit together, or `rows` is not what it claims to be.
@@ -31,16 +40,28 @@ def apply_sparse_rows(array: Array, rows: SparseRows, scale: float, *, start: Ar
     Source: METHODS.md sections 1.4 to 1.6.
     """
     check_like("array", array, out=out)
-    _check_rows(rows, tuple(array.shape))
+    check_rows(rows, tuple(array.shape))
     check_place("array", array, "rows", rows.values)
     if start is not None:
         check_float("start", start)
         check_count("start values", start, rows.count, "entries")
+    if kept is not None:
+        check_entries("kept", kept, rows, array)
     run = implementation("apply_sparse_rows", array) or apply_sparse_rows_reference
-    run(array, rows.offsets, rows.columns, rows.values, scale, start, out)
+    run(array, rows.offsets, rows.columns, rows.values, scale, start, out, kept)
 
 
-def _check_rows(rows: SparseRows, shape: tuple[int, ...]) -> None:
+def check_entries(name: str, entries: Array, rows: SparseRows, array: Array) -> None:
+    """One for each entry of `rows`, in the dtype of `array` and where that is."""
+    check_float(name, entries)
+    check_place("array", array, name, entries)
+    check_count("numbers", entries, rows.count, "entries")
+    if dtype_of(entries) != dtype_of(array):
+        raise ShapeError(f"{name} is {dtype_of(entries)}, the array {dtype_of(array)}")
+
+
+def check_rows(rows: SparseRows, shape: tuple[int, ...]) -> None:
+    """They belong to an array of this shape, and are what they claim to be. Raises ShapeError."""
     if tuple(rows.shape) != shape:
         raise ShapeError(f"sparse rows of {list(rows.shape)} for an array of {list(shape)}")
     height, width = rows_of(shape)
@@ -58,10 +79,18 @@ def _check_rows(rows: SparseRows, shape: tuple[int, ...]) -> None:
 
 
 def apply_sparse_rows_reference(
-    array: Array, offsets: Array, columns: Array, values: Array, scale: float, start: Array | None, out: Array
+    array: Array,
+    offsets: Array,
+    columns: Array,
+    values: Array,
+    scale: float,
+    start: Array | None,
+    out: Array,
+    kept: Array | None,
 ) -> None:
-    height, width = rows_of(array.shape)
-    index = np.repeat(np.arange(height) * width, np.diff(offsets)) + columns
+    index = linear_indices(array.shape, offsets, columns)
+    if kept is not None:
+        kept[...] = array.reshape(-1)[index]
     changed = values != 0
     begin = (array.reshape(-1)[index] if start is None else start)[changed]
     wide = np.float64 if begin.dtype == np.float64 else np.float32
@@ -72,3 +101,9 @@ def apply_sparse_rows_reference(
     entries = np.empty(len(result), out.dtype)
     store(result, entries)
     out.reshape(-1)[index[changed]] = entries
+
+
+def linear_indices(shape: tuple[int, ...], offsets: Array, columns: Array) -> Array:
+    """Where each entry of sparse rows lies in an array of this shape, counted along its memory; in NumPy."""
+    height, width = rows_of(shape)
+    return np.repeat(np.arange(height) * width, np.diff(offsets)) + columns

@@ -1,8 +1,4 @@
-"""apply_sparse_rows in Triton: the entries alone, each finding its row by bisection of the offsets.
-
-Entries rather than rows are shared out, because rows may differ much in their numbers of entries; the offsets stay in
-cache.
-"""
+"""apply_sparse_rows in Triton: the entries alone are looked at (_entries.py)."""
 
 import torch
 import triton
@@ -10,8 +6,7 @@ import triton.language as tl
 
 from freemerge.kernels.array import rows_of
 from freemerge.kernels.triton._convert import FLOAT8, loadable, narrow, store, widen
-
-BLOCK = 512
+from freemerge.kernels.triton._entries import BLOCK, entry_places, take_entries
 
 
 @triton.jit
@@ -32,15 +27,7 @@ def _apply_sparse_rows_kernel(
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < count
     value = tl.load(values + entry, mask=inside, other=0.0)
-    column = tl.load(columns + entry, mask=inside, other=0).to(tl.int64)
-    row = tl.zeros([BLOCK], tl.int64)  # the last one whose offset is not beyond the entry
-    beyond = row + rows
-    for _ in range(halvings):
-        middle = (row + beyond) // 2
-        reached = tl.load(offsets + middle, mask=inside, other=0) <= entry
-        row = tl.where(reached, middle, row)
-        beyond = tl.where(reached, beyond, middle)
-    index = row * width + column
+    index = entry_places(offsets, columns, entry, inside, rows, width, halvings, BLOCK)
     changed = inside & (value != 0)
     begin = tl.load(start + entry, mask=changed) if start is not None else tl.load(array + index, mask=changed)
     tl.store(out + index, narrow(widen(begin) + scale * value, out.dtype.element_ty), mask=changed)
@@ -54,7 +41,10 @@ def apply_sparse_rows(
     scale: float,
     start: torch.Tensor | None,
     out: torch.Tensor,
+    kept: torch.Tensor | None,
 ) -> None:
+    if kept is not None:
+        take_entries(array, offsets, columns, kept)
     in_place = out.data_ptr() == array.data_ptr() and out.dtype == array.dtype
     rows, width = rows_of(array.shape)
     if out.numel() and not in_place:

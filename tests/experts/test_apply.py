@@ -81,7 +81,7 @@ def test_apply_is_its_definition(merged, tmp_path, small_tiles, dtype, mode):
             if name in rows:
                 r = rows[name]
                 apply_sparse_rows_reference(
-                    expected, r.offsets, r.columns, r.values, SCALES[name], starts.get(name), expected
+                    expected, r.offsets, r.columns, r.values, SCALES[name], starts.get(name), expected, None
                 )
             assert out.read(name).tobytes() == expected.tobytes()
         assert (out.read("model.embed_tokens.weight") != backbone.read("model.embed_tokens.weight")).any()

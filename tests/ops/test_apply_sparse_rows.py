@@ -20,9 +20,12 @@ def some_rows(shape, seed=7, share=0.1):
 
 def assert_matches_reference(array, rows, scale, start, out_dtype):
     expected, out = poisoned(array.shape, out_dtype), poisoned(array.shape, out_dtype)
-    apply_sparse_rows_reference(array, rows.offsets, rows.columns, rows.values, scale, start, expected)
-    implementation("apply_sparse_rows", array)(array, rows.offsets, rows.columns, rows.values, scale, start, out)
+    kept = poisoned(rows.count, array.dtype)
+    entries = (rows.offsets, rows.columns, rows.values)
+    apply_sparse_rows_reference(array, *entries, scale, start, expected, None)
+    implementation("apply_sparse_rows", array)(array, *entries, scale, start, out, kept)
     np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(kept.view(np.uint8), rows.gather(array).view(np.uint8))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -96,3 +99,13 @@ def test_rejects_a_start_of_another_length():
     array = np.zeros((2, 3), np.float32)
     with pytest.raises(ShapeError, match="3 start values for 2 entries"):
         apply_sparse_rows(array, ROWS, 1.0, start=np.zeros(3, np.float32), out=array)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [(np.zeros(3, np.float32), "3 numbers for 2 entries"), (np.zeros(2, np.float64), "kept is float64")],
+)
+def test_rejects_a_place_to_keep_entries_that_does_not_fit(kept, message):
+    array = np.zeros((2, 3), np.float32)
+    with pytest.raises(ShapeError, match=message):
+        apply_sparse_rows(array, ROWS, 1.0, out=array, kept=kept)

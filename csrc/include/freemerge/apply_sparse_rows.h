@@ -22,4 +22,5 @@ FREEMERGE_OP(void, apply_sparse_rows,
              const SparseSource& sparse, float scale,
              const Source& start,         // [count], or null
              // output
-             const Target& out)           // [rows, width]; may be array itself, then only entries are touched
+             const Target& out,           // [rows, width]; may be array itself, then only entries are touched
+             const Target& kept)          // [count] of the dtype of array, or null: what array holds at each entry
