@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 void bind_add_balanced(py::module_&);
 void bind_add_elected(py::module_&);
+void bind_add_expert_products(py::module_&);
 void bind_add_masked(py::module_&);
 void bind_add_masked_vector(py::module_&);
 void bind_add_scaled_rows(py::module_&);
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_threads", &freemerge::set_threads);
   bind_add_balanced(m);
   bind_add_elected(m);
+  bind_add_expert_products(m);
   bind_add_masked(m);
   bind_add_masked_vector(m);
   bind_add_scaled_rows(m);

@@ -27,6 +27,15 @@ def add_balanced(
 def add_elected(
     base: Array, task_vectors: Sequence[Array], weights: Sequence[float], scaling: float, normalize: bool, out: Array
 ) -> None: ...
+def add_expert_products(
+    x: Array,
+    offsets: Sequence[Array],
+    columns: Sequence[Array],
+    values: Sequence[Array],
+    scales: Sequence[float],
+    weights: Array,
+    out: Array,
+) -> None: ...
 def add_masked(
     base: Array,
     experts: Sequence[Array],
