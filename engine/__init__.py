@@ -7,6 +7,8 @@ _HOME = {
     "merge": "freemerge.api",
     "merge_state_dicts": "freemerge.api",
     "Session": "freemerge.session",
+    "attach": "freemerge.attached.attachment",
+    "load": "freemerge.attached.load",
     "FreemergeError": "freemerge.errors",
 }
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["kernels.triton", "kernels.cuda"],
     ["methods", "parts", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts.routed_layer", "experts"],
+    ["attached"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
     ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],

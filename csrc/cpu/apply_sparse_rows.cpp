@@ -13,13 +13,13 @@ static void scatter(const Gathered& gathered, const std::size_t* index, const fl
 
 static void add_entries(const Source& from, const float* values, float scale, std::size_t n, DType dtype, Gathered& result) {
   if (from.dtype == DType::f64) {
-    alignas(64) double exact[TILE];
+    alignas(64) double exact[GROUP];
     load_tile(from.data, from.dtype, n, exact);
     for (std::size_t i = 0; i < n; ++i) exact[i] += scale * values[i];
     store_tile(exact, n, dtype, result.bytes);
     return;
   }
-  alignas(64) float sum[TILE];
+  alignas(64) float sum[GROUP];
   load_tile(from.data, from.dtype, n, sum);
   for (std::size_t i = 0; i < n; ++i) sum[i] += scale * values[i];
   store_tile(sum, n, dtype, result.bytes);
@@ -48,7 +48,7 @@ static void copy(const Source& array, std::size_t n, const Target& out) {
 void apply_sparse_rows(const Source& array, const SparseSource& sparse, float scale, const Source& start, const Target& out,
                        const Target& kept) {
   if (array.data != out.data) copy(array, sparse.rows * sparse.width, out);
-  for_entries(sparse, [&](std::size_t first, std::size_t n, const std::size_t* index) {
+  for_entries(sparse, out, [&](std::size_t first, std::size_t n, const std::size_t* index) {
     Gathered gathered, result;
     const Source from{start ? start.at(first) : gathered.bytes, start ? start.dtype : array.dtype};
     if (!start || kept.data)

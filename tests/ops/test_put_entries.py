@@ -46,7 +46,11 @@ ROWS = SparseRows(np.array([0, 1, 2]), np.array([0, 2], np.uint16), np.array([1,
     [
         (np.zeros(3, np.float32), ROWS, "3 numbers for 2 entries"),
         (np.zeros(2, np.float16), ROWS, "entries is float16, the array float32"),
-        (np.zeros(2, np.float32), SparseRows(ROWS.offsets, ROWS.columns + np.uint16(1), ROWS.values, (2, 3)), "column 3"),
+        (
+            np.zeros(2, np.float32),
+            SparseRows(ROWS.offsets, ROWS.columns + np.uint16(1), ROWS.values, (2, 3)),
+            "column 3",
+        ),
         (np.zeros(2, np.float32), SparseRows(ROWS.offsets, ROWS.columns, ROWS.values, (3, 3)), r"\[3, 3\]"),
     ],
 )

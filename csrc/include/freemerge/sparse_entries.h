@@ -12,8 +12,10 @@ namespace FREEMERGE_ISA {
 
 constexpr std::size_t ENTRIES = 16384;  // the unit threads share
 
+constexpr std::size_t GROUP = 256;      // entries at a time: their lines of cache, and those of the next, stay in its first level
+
 struct Gathered {
-  alignas(64) unsigned char bytes[TILE * 8];
+  alignas(64) unsigned char bytes[GROUP * 8];
 };
 
 template <std::size_t SIZE>
@@ -48,18 +50,30 @@ inline void find_entries(const SparseSource& sparse, std::size_t first, std::siz
   }
 }
 
-// Call body(first, n, index) for all entries, in tiles: `n` entries from `first` on, and where each lies in the array.
+// The lines of cache that entries lie in, on their way while others are worked on: nothing else foresees where those are.
+template <class Element>
+inline void fetch(const void* array, const std::size_t* index, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) __builtin_prefetch(static_cast<const Element*>(array) + index[i], 1);
+}
+
+// Call body(first, n, index) for all entries, a few at a time: `n` entries from `first` on, and where each lies in the array.
 template <class Body>
-inline void for_entries(const SparseSource& sparse, const Body& body) {
+inline void for_entries(const SparseSource& sparse, const Target& array, const Body& body) {
   const auto count = static_cast<std::size_t>(sparse.offsets[sparse.rows]);
   parallel_for((count + ENTRIES - 1) / ENTRIES, [&](std::size_t unit) {
-    std::size_t first = unit * ENTRIES, index[TILE];
+    std::size_t first = unit * ENTRIES, indices[2][GROUP];
     const std::size_t end = std::min(count, first + ENTRIES);
     std::size_t row = std::upper_bound(sparse.offsets, sparse.offsets + sparse.rows + 1, static_cast<std::int64_t>(first)) - sparse.offsets - 1;
-    for (; first < end; first += TILE) {
-      const std::size_t n = std::min(TILE, end - first);
-      (sparse.wide ? find_entries<std::uint32_t> : find_entries<std::uint16_t>)(sparse, first, first + n, row, index);
-      body(first, n, index);
+    const auto find = [&](std::size_t begin, std::size_t* index) {
+      const std::size_t stop = std::min(end, begin + GROUP);
+      if (begin >= stop) return;
+      (sparse.wide ? find_entries<std::uint32_t> : find_entries<std::uint16_t>)(sparse, begin, stop, row, index);
+      with_size(array.dtype, [&](auto element) { fetch<decltype(element)>(array.data, index, stop - begin); });
+    };
+    std::size_t *index = indices[0], *next = indices[1];
+    for (find(first, index); first < end; first += GROUP, std::swap(index, next)) {
+      find(first + GROUP, next);
+      body(first, std::min(GROUP, end - first), index);
     }
   });
 }

@@ -1,0 +1,156 @@
+"""The experts that can be attached to a model: read, checked, and each part brought to where it is needed."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freemerge.attached.in_place import moved, on_host
+from freemerge.checkpoint.checksum import checksum_file
+from freemerge.checkpoint.manifest import MANIFEST, read_manifest
+from freemerge.errors import CheckpointError, InputError, ShapeError, listed
+from freemerge.experts.sidecar import read_expert
+from freemerge.kernels.apply_sparse_rows import check_rows
+from freemerge.parts import Part, Rows
+
+FOLDER = "experts"
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """Experts of one backbone, by name.
+
+    Args:
+        label: where they are from, for messages.
+        experts: each a sidecar.Expert or a memory.MemoryExpert.
+        manifest: freemerge.json of the backbone, where there is one.
+    """
+
+    label: str
+    experts: Mapping[str, Any]
+    manifest: Mapping[str, Any] | None = None
+    _on_devices: dict = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that an expert changes."""
+        return {n: tuple(part.shape) for expert in self.experts.values() for n, part in expert.tensors.items()}
+
+    def find(self, name: str) -> Any:
+        """Raises InputError naming the nearest there is."""
+        if name in self.experts:
+            return self.experts[name]
+        near = difflib.get_close_matches(str(name), self.experts, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"no expert {name!r}: there are {', '.join(self.experts)}{hint}")
+
+    def part(self, expert: str, tensor_name: str, tensor) -> Part:
+        """What the expert holds of a tensor, where `tensor` lies; brought to a GPU once, when first asked for."""
+        part = self.experts[expert].tensors[tensor_name]
+        if on_host(tensor):
+            return moved(part, tensor)
+        key = expert, tensor_name, str(tensor.device)
+        if key not in self._on_devices:
+            self._on_devices[key] = moved(part, tensor)
+        return self._on_devices[key]
+
+
+def open_experts(source: Any) -> ExpertSet:
+    """The experts of a merged model (its folder), of a folder of experts, of one file, or in memory.
+
+    Args:
+        source: a path, or experts in memory: a mapping by name, or a sequence of them.
+
+    Raises:
+        InputError: there are none.
+        CheckpointError: with all that is wrong with their files: truncated, changed since they were written, of
+            another backbone.
+    """
+    if isinstance(source, Mapping):
+        return _checked(ExpertSet("the experts given", dict(source)))
+    if isinstance(source, (str, Path)) or hasattr(source, "__fspath__"):
+        return _checked(_from_files(Path(source)))
+    return _checked(ExpertSet("the experts given", {expert.name: expert for expert in source}))
+
+
+def _from_files(source: Path) -> ExpertSet:
+    folder = source.parent if source.is_file() else source / FOLDER if (source / FOLDER).is_dir() else source
+    paths = [source] if source.is_file() else sorted(folder.glob("*.safetensors"))
+    if folder == source and (source / MANIFEST).exists():
+        raise InputError(f"{source} has no experts: merge with a method that writes them")
+    if not paths:
+        raise InputError(f"{source} holds no experts; give a merged model, or its folder {FOLDER}")
+    manifest = read_manifest(folder.parent) if (folder.parent / MANIFEST).exists() else None
+    problems, experts = _changed_files(paths, folder.parent, manifest), []
+    if not problems:
+        for path in paths:
+            try:
+                experts.append(read_expert(path))
+            except CheckpointError as error:
+                problems += getattr(error.args[0], "listed", [str(error)])
+    if problems:
+        raise CheckpointError(listed(problems, "Copy the files again, or merge again.", outcome="nothing was changed"))
+    return ExpertSet(str(source), {expert.name: expert for expert in experts}, manifest)
+
+
+def _changed_files(paths: Sequence[Path], merged: Path, manifest: Mapping | None) -> list[str]:
+    """Files that are not what the manifest says was written."""
+    written = (manifest or {}).get("files", {})
+    beside = [path.parent / "shared" / other.name for path in paths[:1] for other in path.parent.glob("shared/*")]
+    problems = []
+    for path in [*paths, *beside]:
+        facts = written.get(path.relative_to(merged).as_posix())
+        if facts is None:
+            continue
+        if path.stat().st_size != facts["bytes"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, written as {facts['bytes']}")
+        elif checksum_file(path) != facts["checksum"]:
+            problems.append(f"{path}: not what was written (its checksum differs from {MANIFEST}'s)")
+    return problems
+
+
+def _checked(found: ExpertSet) -> ExpertSet:
+    problems = [*_other_backbones(found), *_other_shapes(found.experts), *_broken_rows(found.experts)]
+    if problems:
+        raise CheckpointError(
+            listed(problems, "Attach the experts of one merge, as it wrote them.", outcome="nothing was changed")
+        )
+    return found
+
+
+def _other_backbones(found: ExpertSet) -> list[str]:
+    backbones = {name: expert.metadata.get("backbone") for name, expert in found.experts.items()}
+    expected = found.manifest["backbone"] if found.manifest else next(iter(backbones.values()), None)
+    where = "the model beside it" if found.manifest else "the others"
+    return [
+        f"{name}: made for the backbone {backbone}, {where} is {expected}"
+        for name, backbone in backbones.items()
+        if backbone != expected
+    ]
+
+
+def _other_shapes(experts: Mapping[str, Any]) -> Iterable[str]:
+    shapes: dict[str, tuple] = {}
+    for name, expert in experts.items():
+        for tensor, part in expert.tensors.items():
+            first = shapes.setdefault(tensor, tuple(part.shape))
+            if first != tuple(part.shape):
+                yield f"{name}: {tensor} is {list(part.shape)}, {list(first)} in another expert"
+
+
+def _broken_rows(experts: Mapping[str, Any]) -> Iterable[str]:
+    """Rows that would lead out of their tensor; a file's header does not show them."""
+    for name, expert in experts.items():
+        for tensor, part in expert.tensors.items():
+            scale = expert.scale(tensor)
+            if not np.isfinite(scale):
+                yield f"{name}: {tensor} has the scale {scale}"
+            if isinstance(part, Rows):
+                try:
+                    check_rows(part, tuple(part.shape))
+                except ShapeError as error:
+                    yield f"{name}: {tensor}: {error}"
