@@ -58,8 +58,8 @@ def add_expert_products(
 def multiply_experts(x: Array, experts: Sequence[SparseRows], scales: Sequence[float], weights: Array, out: Array):
     """The same of arrays that were checked before."""
     run = implementation("add_expert_products", x) or add_expert_products_reference
-    arrays = zip(*((rows.offsets, rows.columns, rows.values) for rows in experts), strict=True)
-    run(x, *(map(list, arrays) if experts else ([], [], [])), list(map(float, scales)), weights, out)
+    arrays = ([getattr(rows, name) for rows in experts] for name in ("offsets", "columns", "values"))
+    run(x, *arrays, list(map(float, scales)), weights, out)
 
 
 def add_expert_products_reference(

@@ -1,4 +1,4 @@
-"""attach: experts on a model that is there already, switched in place or routed to the rows of a batch."""
+"""attach: experts on a model that is there already, switched in place."""
 
 import copy
 import sys
@@ -16,21 +16,18 @@ from freemerge.errors import CheckpointError, InputError, listed
 from freemerge.kernels.array import dtype_of
 
 # What an attached model has beside its own; plain attributes of the instance, so that no state dict knows of them
-ATTRIBUTES = ("use_expert", "routed", "experts", "expert", "detach_experts")
+ATTRIBUTES = ("use_expert", "experts", "expert", "detach_experts")
 
 
 def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
-    """Give a model the experts that were merged with its weights, to switch or to route.
+    """Give a model the experts that were merged with its weights, to switch.
 
         freemerge.attach(model, "merged")
         model.use_expert("math")                      # in place; use_expert(None) restores the backbone bit for bit
-        with model.routed(["math", "code", None]):    # a batch whose rows use different experts
-            model(**batch)
 
     The model has then these attributes more, and no module, parameter or buffer: its state dict keeps plain names.
 
         use_expert(name | None)   puts an expert in the place of the weights, or takes it out
-        routed(assignment)        a context in which each row of a batch uses its own expert
         experts                   names of the experts
         expert                    the one in place, or None
         detach_experts()          takes the expert out, and these attributes away
@@ -100,7 +97,7 @@ class Attachment:
 
     def install(self) -> None:
         model = self.model
-        model.use_expert, model.routed, model.detach_experts = self.use_expert, self.routed, self.detach_experts
+        model.use_expert, model.detach_experts = self.use_expert, self.detach_experts
         model.experts, model.expert = tuple(self.found.experts), None
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
@@ -144,9 +141,6 @@ class Attachment:
 
     def part(self, expert: str, tensor: str):
         return self.found.part(expert, tensor, self.places[tensor].tensor)
-
-    def routed(self, assignment: Any):
-        raise NotImplementedError
 
     def detach_experts(self) -> None:
         """Restore the backbone and take everything away that attach added."""

@@ -168,10 +168,8 @@ def test_names_behind_one_prefix_are_found(model, merged, checkpoints):
     outer.use_expert("math")
     assert weights(model) == checkpoints["math"]
     outer.detach_experts()
-    without_head = [n for n in checkpoints["math"] if n.startswith("model.")]
     with pytest.raises(InputError, match=r"lm_head.weight: in .*, but not in the model"):
         freemerge.attach(model.model, merged)
-    assert without_head
 
 
 def test_every_name_without_a_place_is_told_at_once(model, merged):
@@ -365,11 +363,11 @@ def test_damaged_files_are_refused(merged, model, tmp_path, how):
         content[20] ^= 64
     path.write_bytes(content)
     model.detach_experts()
-    with pytest.raises(CheckpointError, match="math.safetensors"):
+    with pytest.raises(CheckpointError, match=r"math\.safetensors"):
         freemerge.attach(model, folder)
     if how != "tampered":  # without a manifest the header alone tells
         (folder / "freemerge.json").unlink()
-        with pytest.raises(CheckpointError, match="math.safetensors"):
+        with pytest.raises(CheckpointError, match=r"math\.safetensors"):
             freemerge.attach(model, folder / "experts")
     assert not hasattr(model, "use_expert")
 
@@ -386,7 +384,7 @@ def test_columns_that_lead_out_of_a_tensor_are_refused(merged, model):
     broken.write("model.norm.weight", Rows(part.offsets, columns, part.values, part.shape))
     broken.finish({"mode": "add"}, {"model.norm.weight": 1.0})
     model.detach_experts()
-    with pytest.raises(CheckpointError, match="broken: model.norm.weight: column"):
+    with pytest.raises(CheckpointError, match=r"broken: model\.norm\.weight: column"):
         freemerge.attach(model, [broken])
 
 
@@ -396,8 +394,8 @@ def test_folders_without_experts(merged, tmp_path, model):
         freemerge.attach(model, tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         freemerge.load(tmp_path / "nowhere")
+    applied(merged, "math", tmp_path / "plain")
     with pytest.raises(InputError, match="has no experts"):
-        applied(merged, "math", tmp_path / "plain")
         freemerge.load(tmp_path / "plain")
 
 
@@ -415,7 +413,7 @@ def test_load_makes_any_class(tmp_path):
     model = freemerge.load(tmp_path / "merged", model_class=small, verify=True)
     model.use_expert("b")
     assert weights(model) == applied(tmp_path / "merged", "b", tmp_path / "out")
-    with pytest.raises(InputError, match="config.json names no class"):
+    with pytest.raises(InputError, match=r"config\.json names no class"):
         freemerge.load(tmp_path / "merged")
     with pytest.raises(CheckpointError, match="missing from the checkpoint"):
         freemerge.load(tmp_path / "merged", model_class=lambda: nn.Linear(6, 4))

@@ -38,7 +38,8 @@ def mixed(rows, experts, seed=0):
 
 
 def assert_matches_reference(x, experts, weights, out):
-    expected, arrays = out.copy(), [list(a) for a in zip(*((r.offsets, r.columns, r.values) for r in experts))]
+    expected = out.copy()
+    arrays = [[getattr(rows, name) for rows in experts] for name in ("offsets", "columns", "values")]
     add_expert_products_reference(x, *arrays, SCALES, weights, expected)
     implementation("add_expert_products", x)(x, *arrays, SCALES, weights, out)
     assert out.tobytes() == expected.tobytes()
