@@ -26,7 +26,7 @@ AGREEING = {
 }
 MIXES = (
     "{} would mix A of one adapter with B of another. Give each applied to its base, BASE+ADAPTER, which is exact, or "
-    "merge adapters by a method of their own (copa)."
+    "merge adapters by a method of their own (copa, twin_lora)."
 )
 REMEDY = "Give LoRA adapters of one base, rank and scaling; or apply each to its base, BASE+ADAPTER, and merge models."
 

@@ -303,7 +303,7 @@ def _write_side_files(plan: Plan, records: Mapping[str, dict], folder: Path, ori
     if plan.chat_template is not None:
         write_chat_template(folder, plan.chat_template)
     names = [expert.name for expert in recipe.experts] if plan.leaves_experts else []
-    library = "peft" if method.merges_adapters else "transformers"
+    library = getattr(plan.base, "library", "transformers")
     write_card(folder, method=method.name, recipe=origin.text, inputs=origin.inputs, experts=names, library=library)
     checksums = {name: record["checksum"] for name, record in records.items()}
     experts = {name: {} for name in names}

@@ -11,7 +11,7 @@ import numpy as np
 
 from freemerge import __version__
 from freemerge.adapters import check_factors
-from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shard, plan_shards
+from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
 from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.errors import CheckpointError, PlanError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
@@ -376,10 +376,7 @@ def lay_out(tasks: list[TensorTask], shard_size: int | None, filename: str | Non
         filename: of the one file that a result has which is no model.
     """
     entries = [Entry(task.name, task.dtype, task.shape) for task in tasks]
-    if shard_size is None:
-        shards = []
-    else:
-        shards = [plan_shard(filename, entries)] if filename else plan_shards(entries, shard_size)
+    shards = [] if shard_size is None else plan_shards(entries, shard_size, filename)
     order = {entry.name: i for i, entry in enumerate(entry for shard in shards for entry in shard.entries)}
     tasks.sort(key=lambda task: order.get(task.name, 0))
     return shards

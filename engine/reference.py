@@ -56,7 +56,7 @@ FAMILIES = {
     ),
     "Statistics of the whole model": ("ties_merging", "dare_ties_merging", "pcb", "tall_mask"),
     "Singular vectors": ("iso_c", "iso_cts", "tsvm", "opcm", "doge"),
-    "LoRA adapters": ("copa",),
+    "LoRA adapters": ("copa", "twin_lora"),
     "Experts beside a backbone": ("emr", "twin", "smile"),
     "Angles": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
     "One model": ("passthrough",),

@@ -333,6 +333,8 @@ def emr(case: Case) -> dict[str, Callable[[], StateDict]]:
 
 def twin(case: Case) -> dict[str, Callable[[], StateDict]]:
     hyper, variant = case.hyper, case.variant.removesuffix("_twin")
+    if variant == "lora_fixed_rank":
+        return twin_lora(case)
     if variant not in methods.get("twin").variants:
         raise Unsupported(f"variant {case.variant}")
     given = {"variant": variant, "scaling": hyper.get("shared_factor", hyper.get("scaling", hyper.get("lam")))}
@@ -391,6 +393,12 @@ def smile(case: Case) -> dict[str, Callable[[], StateDict]]:
 
     groups = {"expected_forward": forward, "expected_gate": turned}
     return groups | {f"expected_expert{t}": lambda t=t: expert(t) for t in range(len(case.experts))}
+
+
+def twin_lora(case: Case) -> dict[str, Callable[[], StateDict]]:
+    merged = merge_state_dicts("twin_lora", None, case.experts, scaling=case.hyper["lam"], rank=case.hyper["new_rank"])
+    parts = {f"expected_expert{t}": lambda e=e: e.apply(zeros_like(merged)) for t, e in enumerate(merged.experts)}
+    return {"expected": lambda: merged, **parts}
 
 
 def masks(expert) -> StateDict:

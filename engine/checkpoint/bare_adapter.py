@@ -17,12 +17,13 @@ class BareAdapter:
     Attributes:
         adapter_config: adapter_config.json.
         weights_file: what a result with these tensors is called.
+        library: what loads it.
 
     Raises:
         CheckpointError: the file holds several adapters.
     """
 
-    weights_file = WEIGHTS
+    weights_file, library = WEIGHTS, "peft"
 
     def __init__(self, adapter: Adapter):
         checkpoint = adapter.checkpoint

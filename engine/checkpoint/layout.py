@@ -55,12 +55,16 @@ class ShardPlan:
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
 
 
-def plan_shards(entries: Sequence[Entry], shard_size: int) -> list[ShardPlan]:
+def plan_shards(entries: Sequence[Entry], shard_size: int, filename: str | None = None) -> list[ShardPlan]:
     """Split `entries`, in their order, into shards of at most `shard_size` bytes of tensors.
+
+    With `filename` all are in one file of that name: a result that is no model.
 
     A tensor larger than that gets a shard of its own. One shard is named model.safetensors, several
     model-00001-of-0000N.safetensors.
     """
+    if filename is not None:
+        return [plan_shard(filename, entries)]
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:

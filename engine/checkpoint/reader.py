@@ -56,6 +56,11 @@ def open_adapter(source: str | os.PathLike, *, allow_pickle: bool = False):
     return BareAdapter(Adapter(_open(find_source(source, allow_pickle=allow_pickle, adapter=True))))
 
 
+def open_result(source: str | os.PathLike):
+    """Open what a merge has written: a model, or an adapter by its own tensors."""
+    return open_adapter(source) if find_source(source, allow_pickle=False).adapter else open_checkpoint(source)
+
+
 def _open(found: Source) -> "Checkpoint":
     if found.pickled:
         from freemerge.checkpoint.pickled import PickledCheckpoint

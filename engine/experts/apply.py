@@ -16,7 +16,7 @@ from freemerge.checkpoint.card import copy_side_files, write_card
 from freemerge.checkpoint.checksum import PieceChecksum
 from freemerge.checkpoint.layout import Entry, plan_shards
 from freemerge.checkpoint.manifest import MergeInput, read_manifest, write_manifest
-from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
+from freemerge.checkpoint.reader import Checkpoint, open_result
 from freemerge.checkpoint.workdir import WorkDir
 from freemerge.checkpoint.writer import CheckpointWriter
 from freemerge.errors import CheckpointError, InputError, ShapeError, listed
@@ -59,7 +59,7 @@ class ExpertSummary:
 
 def list_experts(folder: str | os.PathLike) -> list[ExpertSummary]:
     """The experts of a merged model, by name. Raises CheckpointError for a file that is none."""
-    with open_checkpoint(folder) as backbone:
+    with open_result(folder) as backbone:
         dense = sum(info.nbytes for info in backbone.tensors.values())
     return [_summary(read_expert(path), dense) for path in sorted(Path(folder, FOLDER).glob("*.safetensors"))]
 
@@ -126,10 +126,11 @@ def apply_expert(
     chosen = [(find_expert(merged, name), float(weight)) for name, weight in weights.items()]
     check_addable([expert for expert, _ in chosen])
     manifest = read_manifest(merged)
-    with open_checkpoint(merged) as backbone:
+    with open_result(merged) as backbone:
         for expert, _ in chosen:
             _check_fits(expert, backbone, manifest["backbone"])
-        shards = plan_shards([Entry(n, info.dtype, info.shape) for n, info in backbone.tensors.items()], shard_size)
+        entries = [Entry(name, info.dtype, info.shape) for name, info in backbone.tensors.items()]
+        shards = plan_shards(entries, shard_size, getattr(backbone, "weights_file", None))
         fingerprint = f"experts {weights}"
         with WorkDir.open(out, fingerprint=fingerprint, overwrite=overwrite, resume=False, fsync=fsync) as work:
             checksums = _write_tensors(backbone, chosen, CheckpointWriter(work.staging, shards, fsync=fsync), threads)
@@ -217,6 +218,7 @@ def _write_side_files(
         method=", ".join(dict.fromkeys(expert.metadata["method"] for expert, _ in chosen)),
         recipe=_yaml(recipe),
         inputs=[MergeInput(facts["name"], facts["role"], facts["license"], {}) for facts in manifest["inputs"]],
+        library=getattr(backbone, "library", "transformers"),
         command=("freemerge", "experts", "apply", merged.name, said, "OUT"),
     )
     write_manifest(folder, recipe=recipe, inputs=[merged], shards=shards, checksums=checksums)
