@@ -112,11 +112,19 @@ def write_manifest(
 
 def add_expert(folder: Path, name: str, *, fsync: bool = True) -> None:
     """Enter experts/<name>.safetensors, written after the merge, in the manifest of `folder`."""
-    manifest = read_manifest(folder)
     file = f"experts/{name}.safetensors"
-    path = folder / file
-    manifest["experts"][name] = {"file": file}
-    manifest["files"][file] = {"bytes": path.stat().st_size, "checksum": checksum_file(path)}
+    enter_files(folder, [file], {name: {"file": file}}, fsync=fsync)
+
+
+def enter_files(
+    folder: Path, files: Sequence[str], experts: Mapping[str, Mapping[str, object]] | None = None, *, fsync: bool = True
+) -> None:
+    """Enter files written after the merge in the manifest of `folder`; `experts` are facts of those that are some."""
+    manifest = read_manifest(folder)
+    manifest["experts"] |= experts or {}
+    for file in files:
+        path = folder / file
+        manifest["files"][file] = {"bytes": path.stat().st_size, "checksum": checksum_file(path)}
     beside = folder / f".{MANIFEST}.new"
     write_file(beside, _encoded(manifest))
     if fsync:
