@@ -22,6 +22,7 @@ LAYERS = [
     ["methods", "parts", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts.routed_layer", "experts"],
     ["attached"],
+    ["routers"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
     ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
