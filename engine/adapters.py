@@ -25,8 +25,8 @@ AGREEING = {
     "base_model_name_or_path": None,
 }
 MIXES = (
-    "{} would mix A of one adapter with B of another. Give each applied to its base, BASE+ADAPTER, which is exact, or "
-    "merge adapters by a method of their own (copa, twin_lora)."
+    "{} would mix A of one adapter with B of another. Give each applied to its base, BASE+ADAPTER, which is exact; add "
+    "adapters up exactly with `freemerge experts join`; or merge them by a method of their own (copa, twin_lora)."
 )
 REMEDY = "Give LoRA adapters of one base, rank and scaling; or apply each to its base, BASE+ADAPTER, and merge models."
 

@@ -44,6 +44,10 @@ class BareAdapter:
             raise CheckpointError(listed([problem], "Save each on its own."))
         self.tensors = {name: checkpoint.tensors[key] for name, key in sorted(self._keys.items())}
 
+    def rank_and_scaling(self, module: str) -> tuple[int, float]:
+        """As of the Adapter."""
+        return self._adapter.rank_and_scaling(module)
+
     def read(self, name: str) -> Array:
         return self._checkpoint.read(self._keys[name])
 

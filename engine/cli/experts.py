@@ -1,5 +1,6 @@
 """freemerge experts: the experts beside a merged model, and fine-tunes as adapters."""
 
+import os
 from dataclasses import asdict
 
 import typer
@@ -49,6 +50,30 @@ def apply_command(
 
     apply_expert(merged, _weights(experts), out, overwrite=overwrite, fsync=not no_fsync)
     typer.echo(f"{out}: {merged} with the expert {experts}")
+
+
+@app.command("join")
+def join_command(
+    adapters: list[str] = typer.Argument(..., metavar="ADAPTER[=WEIGHT]...", help="LoRA adapters; the weight is 1."),
+    out: str = typer.Option(..., "--out", "-o", help="The folder to write the adapter to."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in OUT, once the result is complete."),
+    no_fsync: bool = typer.Option(False, "--no-fsync", help="Do not wait for the disk."),
+) -> None:
+    """Write one LoRA adapter that does what the weighted sum of several does, exactly: their ranks add up.
+
+    Example: freemerge experts join math-lora=0.7 code-lora=0.3 -o both-lora
+    """
+    from freemerge.experts.join import join_adapters
+
+    ranks = join_adapters(_weighted(adapters), out, overwrite=overwrite, fsync=not no_fsync)
+    typer.echo(f"{out}: an adapter of {len(ranks)} modules, of rank {max(ranks.values())} at most")
+
+
+def _weighted(adapters: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for item in adapters:
+        weights |= {item: 1.0} if os.path.exists(item) else _weights(item)
+    return weights
 
 
 def _weights(experts: str) -> dict[str, float]:
