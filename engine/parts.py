@@ -286,8 +286,16 @@ class Cut:
         return [array for array in (*arrays, *self.shared.values()) if is_float(dtype_of(array))]
 
     def moved(self, move: Callable[[Array], Array]) -> "Cut":
-        parts = [None if part is None else part.moved(move) for part in self.parts]
-        return Cut(parts, self.statistics, {role: move(array) for role, array in self.shared.items()})
+        """The same with `move` called on each array, once on what several parts share."""
+        done: dict[int, Array] = {}
+
+        def once(array: Array) -> Array:
+            if id(array) not in done:
+                done[id(array)] = move(array)
+            return done[id(array)]
+
+        parts = [None if part is None else part.moved(once) for part in self.parts]
+        return Cut(parts, self.statistics, {role: once(array) for role, array in self.shared.items()})
 
 
 def apply_parts(array: Array, parts: Sequence[tuple[Part, float]], *, out: Array) -> None:

@@ -1,5 +1,7 @@
 """EMR-Merging: one vector for all experts, and for each a mask of it and a scale that give its model back.
 
+Entry by entry, with tau_t = theta_t - base:
+
     g = +1 where sum_t tau_t > 0, else -1;    U = g * max(0, max_t g * tau_t);    M_t = [ g * tau_t > 0 ]
     lambda_t = mean |tau_t| / mean |M_t * U|;    task t: base + lambda_t * M_t * U
 

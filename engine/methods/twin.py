@@ -1,5 +1,7 @@
 """Twin-Merging: a shared model, and for each expert what it knows beyond it, compressed, to add as a router weighs it.
 
+With tau_t = theta_t - base, and C one of two compressions:
+
     shared = base + scaling * sum_t weight[t] * tau_t;    E_t = C(theta_t - shared)
     weights for an input = shared + sum_t p_t E_t,        p the probabilities of a router
 

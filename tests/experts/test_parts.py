@@ -7,7 +7,7 @@ from freemerge.errors import ShapeError
 from freemerge.kernels._masks import pack_mask
 from freemerge.kernels.array import FLOATS, store
 from freemerge.kernels.sparse_rows import sparse_rows
-from freemerge.parts import KINDS, Difference, LowRank, Mask, Rows, apply_parts
+from freemerge.parts import KINDS, Cut, Difference, LowRank, Mask, Rows, apply_parts
 from freemerge.testing import poisoned, random_array
 
 SHAPES = [(9, 13), (40,), (3, 2, 5), (), (0, 4), (1, 3)]
@@ -108,3 +108,12 @@ def test_another_shape_is_refused(kind):
 @pytest.mark.parametrize(("kind", "count"), [("rows", 39), ("mask", 117), ("low_rank", 66), ("difference", 117)])
 def test_parameters(kind, count):
     assert part_of(kind, (9, 13)).parameters == count
+
+
+def test_what_parts_share_is_moved_once():
+    vector = random_array((9, 13), np.float32, 0)
+    parts = [Mask(pack_mask(vector > t), vector, (9, 13)) for t in range(3)]
+    moves = []
+    moved = Cut([*parts, None], [{}] * 4, {"vector": vector}).moved(lambda a: moves.append(a) or a.copy())
+    assert len(moves) == 4
+    assert all(part.vector is moved.shared["vector"] for part in moved.parts[:3])
