@@ -15,6 +15,7 @@ from freemerge.methods._trimming import Trim
 
 SCOPE = "model"
 SWEEPS = _trimming.SWEEPS
+is_settled = _trimming.is_settled
 SOURCE = "AdaMerging, Yang et al. 2023, arXiv:2310.02575, and IntervMerge, arXiv:2412.17023; METHODS.md sections 12, 14"
 ALIASES = {"lambda": "weight"}
 
