@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from freemerge import methods
+from freemerge.checkpoint.bare_adapter import BareAdapter
 from freemerge.checkpoint.manifest import add_expert, read_manifest
-from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
-from freemerge.errors import OutputError, RecipeError
+from freemerge.checkpoint.reader import Checkpoint, open_checkpoint, open_result
+from freemerge.errors import InputError, OutputError, RecipeError
 from freemerge.experts.extract import Extraction
 from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels.array import Array
@@ -76,7 +77,9 @@ def extract_expert(
             f"{path} exists; pass overwrite=True (--overwrite) to replace it, or give the expert another name"
         )
     with ExitStack() as stack:
-        backbone = stack.enter_context(open_checkpoint(folder))
+        backbone = stack.enter_context(open_result(folder))
+        if isinstance(backbone, BareAdapter):
+            raise InputError(f"{merged} is a LoRA adapter; experts are extracted beside merged models")
         fine_tuned = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
         plan = make_plan(recipe, methods.get("free"), backbone, [fine_tuned], shard_size=1 << 62)
         unfinished = path.with_suffix(".unfinished")

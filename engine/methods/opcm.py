@@ -49,6 +49,9 @@ def merge_tensor(
     without the block of the leading directions that make up the share alpha of the sum of S. nbar is the mean norm of
     the task vectors; norms are those of the whole model.
 
+    The running state is left beside a result on disk, 4 bytes an element, and with it experts can be added later:
+    `freemerge merge --method opcm --base B --expert NEW --continue-from MERGED` gives the bits of all at once.
+
     Directions whose singular value is at most 1e-6 of the largest are arbitrary: nothing is taken away along them.
 
     Args:

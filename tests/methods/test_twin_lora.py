@@ -9,8 +9,9 @@ import freemerge
 from freemerge import merge_state_dicts
 from freemerge.checkpoint.reader import open_adapter
 from freemerge.checkpoint.verify import verify
-from freemerge.errors import PlanError, RecipeError
+from freemerge.errors import InputError, PlanError, RecipeError
 from freemerge.experts.apply import apply_expert, list_experts
+from freemerge.experts.from_model import extract_expert
 from freemerge.testing import random_array, tiny_llama, write_safetensors
 
 Q, CONV = "base_model.model.q_proj", "base_model.model.conv"
@@ -68,6 +69,8 @@ def test_adapters_on_disk(tmp_path):
     assert result.experts == ("a", "b")
     assert verify(out).ok
     assert [expert.name for expert in list_experts(out)] == ["a", "b"]
+    with pytest.raises(InputError, match="out is a LoRA adapter"):
+        extract_expert(out, tmp_path / "a", name="c")
     apply_expert(out, "b", tmp_path / "with_b")
     assert json.loads((tmp_path / "with_b/adapter_config.json").read_bytes())["lora_alpha"] == 16
     assert "library_name: peft" in (tmp_path / "with_b/README.md").read_text()
