@@ -42,9 +42,9 @@ class EarlierMerge:
         self.label, self.method = folder, method
         try:
             self.facts = json.loads((path / f"{method}.json").read_bytes())
+            found, self._parameters = self.facts["format"], dict(self.facts["parameters"])
             inputs = [self.facts["base"], *self.facts["experts"]]
             self.base, *self.experts = (_restored(facts) for facts in inputs)
-            found = self.facts["format"]
         except FileNotFoundError:
             raise CheckpointError(listed([f"{folder} holds no {FOLDER}/{method}.json"], MISSING)) from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -78,7 +78,7 @@ class EarlierMerge:
         return problems
 
     def _other_parameters(self, plan: Plan) -> list[str]:
-        then = replace(plan.recipe, parameters=self.facts["parameters"])
+        then = replace(plan.recipe, parameters=self._parameters)
         positions = layer_positions(plan.base.tensors)
         for task in plan.measured:
             before = settings(then, plan.method, task.name, positions[task.name])

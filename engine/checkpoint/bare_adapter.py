@@ -27,12 +27,8 @@ class BareAdapter:
 
     def __init__(self, adapter: Adapter):
         checkpoint = adapter.checkpoint
-        self.label, self.labels, self.path, self.files = (
-            adapter.label,
-            (adapter.label,),
-            checkpoint.path,
-            checkpoint.files,
-        )
+        self.label, self.labels = adapter.label, (adapter.label,)
+        self.path, self.files = checkpoint.path, checkpoint.files
         self.tied: dict[str, str] = {}
         self.config = None
         self.adapter_config: dict[str, Any] = adapter.config

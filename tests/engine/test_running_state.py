@@ -189,12 +189,20 @@ def test_an_output_without_a_state(tmp_path, folders):
     assert "nowhere holds no state/opcm.json" in refused(tmp_path, CheckpointError, [base, experts[2]], "nowhere")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 7, "base": {}, "experts": []}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1, "parameters": {}, "base": {}, "experts": []}'])
 def test_a_broken_state(tmp_path, folders, text):
     base, *experts = folders
     out = merge(tmp_path, "two", base, experts[:2])
     (out / "state/opcm.json").write_text(text)
     assert "opcm.json" in refused(tmp_path, CheckpointError, [base, experts[2]], "two")
+
+
+def test_a_state_of_another_format(tmp_path, folders):
+    base, *experts = folders
+    out = merge(tmp_path, "two", base, experts[:2])
+    facts = json.loads((out / "state/opcm.json").read_bytes())
+    (out / "state/opcm.json").write_text(json.dumps(facts | {"format": 7}))
+    assert "opcm.json is of format 7, not 1" in refused(tmp_path, CheckpointError, [base, experts[2]], "two")
 
 
 def test_a_state_of_other_tensors(tmp_path, folders):
