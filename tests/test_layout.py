@@ -27,7 +27,7 @@ LAYERS = [
     ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
-    ["stream", "resident", "experts.from_model", "experts.join", "experts.lora"],
+    ["stream", "resident", "experts.from_model", "experts.export", "experts.join", "experts.lora"],
     ["api"],
     ["session"],
     ["integrations"],

@@ -93,6 +93,32 @@ def _weights(experts: str) -> dict[str, float]:
     return weights
 
 
+@app.command("export")
+def export_command(
+    merged: str = typer.Argument(..., help="A folder written by freemerge merge with experts."),
+    name: str = typer.Argument(..., help="The expert, as `freemerge experts list` names it."),
+    out: str = typer.Argument(..., metavar="OUT", help="The folder to write the adapter to."),
+    lora: int = typer.Option(..., metavar="RANK", help="The adapter's rank."),
+    only_linear: bool = typer.Option(False, "--only-linear", help="Leave out all but low-rank updates, as for vLLM."),
+    leave_out: bool = typer.Option(False, "--leave-out", help="Do without changes no adapter can hold."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in OUT, once the result is complete."),
+    no_fsync: bool = typer.Option(False, "--no-fsync", help="Do not wait for the disk."),
+) -> None:
+    """Write an expert as a LoRA adapter for PEFT on the merged model: its truncated singular value decomposition.
+
+    The error of each tensor, and of the whole expert, is what the rank leaves away.
+
+    Example: freemerge experts export merged math math-lora --lora 64
+    """
+    from freemerge.experts.export import export_adapter
+
+    options = {"leave_out": leave_out, "only_linear": only_linear, "overwrite": overwrite, "fsync": not no_fsync}
+    with progress_bar("exporting", quiet=as_json) as progress:
+        rows = export_adapter(merged, name, out, rank=lora, progress=progress, **options)
+    _print_adapter(rows, out, lora, f"the expert {name} as a LoRA adapter of rank {lora} on {merged}", as_json)
+
+
 @app.command("extract")
 def extract_command(
     merged: str = typer.Argument(..., help="A folder written by freemerge merge, by any method; with --lora the base."),
@@ -134,9 +160,15 @@ def _extract_adapter(base: str, model: str, out: str, rank: int, leave_out: bool
 
     with progress_bar("extracting", quiet=as_json) as progress:
         rows = extract_adapter(base, model, out, rank=rank, leave_out=leave_out, progress=progress, **options)
-    tensors = [asdict(row) for row in rows]
+    _print_adapter(rows, out, rank, f"{model} as a LoRA adapter of rank {rank} on {base}", as_json)
+
+
+def _print_adapter(rows: list, out: str, rank: int, said: str, as_json: bool) -> None:
+    from freemerge.experts.lora import total_error
+
+    tensors, error = [asdict(row) for row in rows], total_error(rows)
     if as_json:
-        print_json({"out": out, "rank": rank, "tensors": tensors})
+        print_json({"out": out, "rank": rank, "error": error, "tensors": tensors})
         return
     print_table(tensors)
-    typer.echo(f"{out}: {model} as a LoRA adapter of rank {rank} on {base}")
+    typer.echo(f"{out}: {said}, error {error:.3g}")

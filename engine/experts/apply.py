@@ -128,7 +128,7 @@ def apply_expert(
     manifest = read_manifest(merged)
     with open_result(merged) as backbone:
         for expert, _ in chosen:
-            _check_fits(expert, backbone, manifest["backbone"])
+            check_fits(expert, backbone, manifest["backbone"])
         entries = [Entry(name, info.dtype, info.shape) for name, info in backbone.tensors.items()]
         shards = plan_shards(entries, shard_size, getattr(backbone, "weights_file", None))
         fingerprint = f"experts {weights}"
@@ -138,7 +138,8 @@ def apply_expert(
             work.publish()
 
 
-def _check_fits(expert: Expert, backbone: Checkpoint, fingerprint: str) -> None:
+def check_fits(expert: Expert, backbone: Checkpoint, fingerprint: str) -> None:
+    """Raise CheckpointError for an expert made for another backbone than the one of this fingerprint."""
     if expert.metadata["backbone"] != fingerprint:
         raise CheckpointError(
             f"{expert.path} belongs to the backbone {expert.metadata['backbone']}, this one is {fingerprint}; "

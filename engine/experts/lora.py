@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class ExtractedTensor:
     Attributes:
         kept: "lora", "whole", or "left out".
         error: ||change - what is kept of it|| / ||change||, Frobenius norms; 0 for a whole tensor.
+        change: ||change||; 0 where only the other half of its layer has changed.
     """
 
     tensor: str
@@ -41,6 +42,12 @@ class ExtractedTensor:
     kept: str
     rank: int | None
     error: float
+    change: float
+
+
+def total_error(rows: Sequence[ExtractedTensor]) -> float:
+    """`error` of all tensors together: ||all changes - what is kept of them|| / ||all changes||."""
+    return math.hypot(*(row.error * row.change for row in rows)) / math.hypot(*(row.change for row in rows))
 
 
 def extract_adapter(
@@ -73,53 +80,81 @@ def extract_adapter(
         InputError: the models do not fit together, or something has changed that no adapter can hold.
         OutputError: `out` exists (and overwrite is False), or cannot be written.
     """
-    if rank < 1:
-        raise InputError(f"rank {rank}: a whole number from 1 on")
     with ExitStack() as stack:
         start = stack.enter_context(open_checkpoint(base, allow_pickle=allow_pickle))
         tuned = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle, base=base))
-        cut = _Cut(start, tuned, rank)
-        if cut.left_out and not leave_out:
-            problems = (f"{name}: {cut.why_not(name)}" for name in cut.left_out)
-            raise InputError(listed(problems, "An adapter cannot hold these; pass --leave-out to do without them."))
-        if not cut.low_rank:
-            problem = f"{tuned.label}: no matrix of a linear layer has changed that a rank of {rank} would make smaller"
-            raise InputError(listed([problem], "PEFT loads no adapter without one; keep the fine-tuned model."))
-        with WorkDir.open(Path(out), fingerprint="adapter", overwrite=overwrite, resume=False, fsync=fsync) as work:
-            shard = plan_shard(WEIGHTS, cut.entries())
-            with CheckpointWriter(work.staging, [shard], fsync=fsync) as writer:
-                rows = cut.write(writer, progress)
-                writer.finish()
-            for checkpoint in (start, tuned):
-                checkpoint.check_unchanged()
-            write_file(work.staging / CONFIG, (json.dumps(cut.config(), indent=2) + "\n").encode())
-            work.publish()
+        cut = AdapterCut(start, tuned, rank)
+        return write_adapter(cut, Path(out), leave_out, overwrite=overwrite, fsync=fsync, progress=progress)
+
+
+def write_adapter(
+    cut: "AdapterCut",
+    out: Path,
+    leave_out: bool,
+    *,
+    overwrite: bool,
+    fsync: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[ExtractedTensor]:
+    """Write what was cut as the adapter `out`; see extract_adapter."""
+    if cut.left_out and not leave_out:
+        problems = (f"{name}: {cut.why_not(name)}" for name in cut.left_out)
+        raise InputError(listed(problems, "An adapter cannot hold these; pass --leave-out to do without them."))
+    if not cut.low_rank:
+        problem = f"{cut.tuned.label}: no matrix of a linear layer has changed that a rank of {cut.rank} makes smaller"
+        raise InputError(listed([problem], "PEFT loads no adapter without one; keep the fine-tuned model."))
+    with WorkDir.open(out, fingerprint="adapter", overwrite=overwrite, resume=False, fsync=fsync) as work:
+        shard = plan_shard(WEIGHTS, cut.entries())
+        with CheckpointWriter(work.staging, [shard], fsync=fsync) as writer:
+            rows = cut.write(writer, progress)
+            writer.finish()
+        for checkpoint in (cut.base, cut.tuned):
+            checkpoint.check_unchanged()
+        write_file(work.staging / CONFIG, (json.dumps(cut.config(), indent=2) + "\n").encode())
+        work.publish()
     return rows
 
 
-class _Cut:
-    """What of a fine-tune goes where: `low_rank`, `whole` and `left_out` are names of tensors."""
+class AdapterCut:
+    """What of a fine-tune goes where: `low_rank`, `whole` and `left_out` are names of tensors.
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, rank: int):
+    Args:
+        only_linear: leave out all that is not made low-rank.
+    """
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, rank: int, *, only_linear: bool = False):
+        if rank < 1:
+            raise InputError(f"rank {rank}: a whole number from 1 on")
         self.base, self.tuned, self.rank = base, tuned, rank
         matcher = Matcher(base, [tuned])
         if matcher.problems:
             raise PlanError(listed(matcher.problems, "Give a fine-tuned model and the base it was trained from."))
         sources = {match.name: match.sources[0] for match in matcher.matches if not match.same_as}
         self._sources = {name: source for name, source in sources.items() if source is not None}
-        changed = [n for n, source in self._sources.items() if _differ(base.read(n), tuned.read(source))]
+        changed = [name for name in self._sources if self.has_changed(name)]
         if not changed:
             raise InputError(f"{tuned.label} is {base.label}: no tensor has changed")
+        self._changed = set(changed)
         self.transposed = any(self._is_transposed(name) for name in base.tensors)
         self.low_rank = {name for name in changed if self._is_low_rank(name)}
         others = [name for name in changed if name not in self.low_rank]
         self._tied = tied_embedding(base)
-        self.left_out = [name for name in others if not name.endswith((".weight", ".bias")) or name == self._tied]
+        self.left_out = others if only_linear else [name for name in others if self._fits_nowhere(name)]
         # PEFT saves a layer whole or not at all
         layers = {_layer(name) for name in others if name not in self.left_out}
         parts = (f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))
         self.whole = {name for name in parts if name in self._sources and name not in self.low_rank}
         self._written = [name for name in self._sources if name in {*self.low_rank, *self.whole, *self.left_out}]
+
+    def has_changed(self, name: str) -> bool:
+        return _differ(self.base.read(name), self.tuned.read(self._sources[name]))
+
+    def change(self, name: str) -> Array:
+        """What fine-tuning has added to a tensor, float32, in memory of its own."""
+        return task_vector(self.base.read(name), self.tuned.read(self._sources[name])).astype(np.float32, copy=False)
+
+    def _fits_nowhere(self, name: str) -> bool:
+        return not name.endswith((".weight", ".bias")) or name == self._tied
 
     def why_not(self, name: str) -> str:
         """Why a tensor is left out."""
@@ -171,22 +206,22 @@ class _Cut:
 
     def _write_tensor(self, writer: CheckpointWriter, name: str) -> ExtractedTensor:
         shape, source = self.base.tensors[name].shape, self._sources[name]
-        if name in self.whole:
-            writer.write(self._whole_key(name), 0, self.tuned.read(source))
-            return ExtractedTensor(name, shape, "whole", None, 0.0)
-        if name in self.left_out:
-            return ExtractedTensor(name, shape, "left out", None, 1.0)
-        a, b, error = self._factors(name)
-        writer.write(_key(name, "lora_A.weight"), 0, a)
-        writer.write(_key(name, "lora_B.weight"), 0, b)
-        return ExtractedTensor(name, shape, "lora", self.rank, error)
-
-    def _factors(self, name: str) -> tuple[Array, Array, float]:
-        """A, B and the relative error of B A."""
-        change = task_vector(self.base.read(name), self.tuned.read(self._sources[name])).astype(np.float32, copy=False)
+        change = self.change(name) if name in self._changed else np.zeros(0, np.float32)
         size = _norm(change)
         if not math.isfinite(size):
             raise CheckpointError(f"{name}: NaN or Inf in {self.base.label} or {self.tuned.label}")
+        if name in self.whole:
+            writer.write(self._whole_key(name), 0, self.tuned.read(source))
+            return ExtractedTensor(name, shape, "whole", None, 0.0, size)
+        if name in self.left_out:
+            return ExtractedTensor(name, shape, "left out", None, 1.0, size)
+        a, b, error = self._factors(change, size)
+        writer.write(_key(name, "lora_A.weight"), 0, a)
+        writer.write(_key(name, "lora_B.weight"), 0, b)
+        return ExtractedTensor(name, shape, "lora", self.rank, error, size)
+
+    def _factors(self, change: Array, size: float) -> tuple[Array, Array, float]:
+        """A, B and the relative error of B A, for a change of the norm `size`; `change` is overwritten."""
         left, values, right = triplets(change, self.rank)
         roots = np.sqrt(values).astype(np.float32)  # shared between the two, so that both fit a narrow dtype
         left, right = left * roots, right * roots
@@ -232,7 +267,7 @@ def _differ(base: Array, tuned: Array) -> bool:
     return any(bool(np.any(a[i : i + RUN] != b[i : i + RUN])) for i in range(0, a.size, RUN))
 
 
-def _norm(matrix: Array) -> float:
-    step = max(1, RUN // max(1, matrix.shape[1]))
-    runs = range(0, len(matrix), step)
-    return math.sqrt(sum(float(np.square(matrix[i : i + step], dtype=np.float64).sum()) for i in runs))
+def _norm(array: Array) -> float:
+    flat = array.reshape(-1)
+    runs = range(0, flat.size, RUN)
+    return math.sqrt(sum(float(np.square(flat[i : i + RUN], dtype=np.float64).sum()) for i in runs))
