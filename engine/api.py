@@ -191,8 +191,18 @@ def _plan(recipe: Recipe, opened: Mapping[str, Any], *, run_by: tuple[str, ...],
         earlier = EarlierMerge(recipe.continue_from, method.name)
         earlier.insist_on(plan)
     template = chat_template(recipe.chat_template, [opened[model] for model in recipe.models])
-    warnings = [*(vocabulary.warnings if vocabulary else ()), *plan.warnings]
+    warnings = [*_idle_base(recipe), *(vocabulary.warnings if vocabulary else ()), *plan.warnings]
     return replace(plan, devices=run_by, chat_template=template, warnings=warnings, earlier=earlier)
+
+
+def _idle_base(recipe: Recipe) -> list[str]:
+    """Where mergekit merges a base that is not among the models, and freemerge does not."""
+    models = {expert.model for expert in recipe.experts}
+    if recipe.base is None or recipe.method not in ("linear", "karcher") or recipe.base in models or recipe.slices:
+        return []
+    return [
+        f"base_model takes no part in {recipe.method}; to have it merged, as mergekit does, list it with the models"
+    ]
 
 
 def _plan_ahead(stages: Sequence[Stage], opened: Mapping[str, Any], plan_one: Callable) -> dict[str | None, Plan]:

@@ -4,7 +4,7 @@ Only the shape: what a method makes of its parameters is checked in settings.py.
 """
 
 import difflib
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
 import numpy as np
@@ -153,12 +153,20 @@ def _parameters(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _entries(value: Any) -> Any:
+    return [] if value is None else value
+
+
 ModelName = Annotated[str, BeforeValidator(_model)]
 Setting = Annotated[Any, BeforeValidator(_setting)]
 Parameters = Annotated[dict[str, Setting], BeforeValidator(_parameters)]
 LayerRange = Annotated[Any, BeforeValidator(_layer_range)]
 Dtype = Annotated[Any, BeforeValidator(_dtype)]
 Source = Annotated[Any, BeforeValidator(lambda value: None if value is None else _model(value))]
+
+
+T = TypeVar("T")
+Entries = Annotated[list[T], BeforeValidator(_entries)]
 
 
 class _Strict(BaseModel):
@@ -191,6 +199,7 @@ class SliceSource(_Strict):
 class OutputSlice(_Strict):
     sources: Annotated[list[SliceSource], Field(min_length=1)]
     base_model: ModelName | None = None
+    residual_weight: float | None = None  # mergekit knows the word, and makes nothing of it
     parameters: Parameters = {}
 
     @model_validator(mode="after")
@@ -202,8 +211,8 @@ class OutputSlice(_Strict):
 
 
 class OutputModule(_Strict):
-    models: list[ModelEntry] = []
-    slices: list[OutputSlice] = []
+    models: Entries[ModelEntry] = []
+    slices: Entries[OutputSlice] = []
     parameters: Parameters = {}
 
     @model_validator(mode="after")
@@ -216,7 +225,7 @@ class OutputModule(_Strict):
 class Document(_Strict):
     name: str | None = None  # of several documents: what others call its result
     merge_method: Annotated[str, AfterValidator(_method)]
-    models: list[ModelEntry] = []
+    models: Entries[ModelEntry] = []
     base_model: ModelName | None = None
     parameters: Parameters = {}
     dtype: Dtype = None
@@ -226,7 +235,7 @@ class Document(_Strict):
     chat_template: Annotated[str | None, AfterValidator(_chat_template)] = None
     continue_from: str | None = None  # freemerge's additions, for methods that keep a state
     keep_state: bool | None = None
-    slices: list[OutputSlice] = []
+    slices: Entries[OutputSlice] = []
     modules: Annotated[dict[str, OutputModule], BeforeValidator(_parameters)] = {}
 
     @model_validator(mode="after")

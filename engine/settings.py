@@ -16,6 +16,8 @@ from freemerge.schema import nearest
 
 # mergekit's options about how it computes, not what: freemerge has nothing to choose there
 IGNORED = {"int8_mask"}
+# what mergekit takes as well, for it is the same code as ties there, and makes nothing of
+WITHOUT_EFFECT = {"task_arithmetic": {"density", "rescale"}}
 
 _NO_EXPERT = "models: there is no expert to merge (base_model itself is not one)"
 _SILENT = object()  # a list of filters of which none matches
@@ -202,7 +204,7 @@ def _names(method) -> set[str]:
 
 def _known_as(key: str, method) -> str | None:
     """The method's word for a key of the recipe; None for one that does not matter here."""
-    if key in IGNORED and key not in method.parameters:
+    if key in IGNORED | WITHOUT_EFFECT.get(method.name, set()) and key not in method.parameters:
         return None
     return method.aliases.get(key, key)
 

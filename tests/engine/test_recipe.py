@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from freemerge import methods
 from freemerge.errors import RecipeError
 from freemerge.kernels.array import BFLOAT16
 from freemerge.recipe import Recipe, load_recipe
 from freemerge.schema import parse_dtype
+from freemerge.settings import check_recipe
 
 MERGEKIT_TIES_STYLE = """
 models:
@@ -171,6 +173,18 @@ def test_a_model_may_be_a_mapping():
     assert load_recipe(content).experts[0].model == "org/a@main+b@v1"
     content["models"][0]["model"]["override_architecture"] = "Llama"
     assert "override_architecture says nothing here" in problems_of(content)
+
+
+def test_what_mergekit_makes_nothing_of_is_accepted():
+    sources = [{"model": "b", "layer_range": [0, 1]}]
+    content = {"merge_method": "linear", "models": None, "slices": [{"sources": sources, "residual_weight": 0.5}]}
+    assert load_recipe(content) == load_recipe({"merge_method": "linear", "slices": [{"sources": sources}]})
+    assert load_recipe({"merge_method": "linear", "models": [{"model": "a"}], "slices": None, "modules": None}).experts
+    models = [{"model": "a", "parameters": {"density": 0.3}}]
+    shared = {"rescale": True, "int8_mask": True}
+    content = {"merge_method": "task_arithmetic", "base_model": "b", "models": models, "parameters": shared}
+    assert check_recipe(load_recipe(content), methods.get("task_arithmetic")) == []
+    assert len(check_recipe(load_recipe({**content, "merge_method": "sce"}), methods.get("sce"))) == 2
 
 
 def test_an_expert_with_an_adapter_is_named_after_that():

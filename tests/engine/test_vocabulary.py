@@ -225,6 +225,15 @@ def test_other_vocabularies_without_a_tokenizer_are_refused_with_the_remedy(zoo)
         freemerge.merge(recipe, dry_run=True)
 
 
+def test_a_base_that_takes_no_part_is_mentioned(zoo):
+    shared = f"base_model: {zoo['a'][0]}\nparameters: {{weight: 0.5}}\ntokenizer_source: base\n"
+    recipe = f"merge_method: linear\n{shared}models: [{{model: {zoo['b'][0]}}}]"
+    (warning,) = freemerge.merge(recipe, dry_run=True).warnings
+    assert "base_model takes no part in linear" in warning
+    listed = recipe.replace("models: [", f"models: [{{model: {zoo['a'][0]}}}, ")
+    assert freemerge.merge(listed, dry_run=True).warnings == []
+
+
 def test_memory_is_bounded_when_rows_are_gathered(zoo, tmp_path):
     _, _, expected = merged(tmp_path, zoo, "union")
     text = (tmp_path / "out/freemerge.json").read_text()
