@@ -13,14 +13,14 @@ from freemerge import __version__
 from freemerge.adapters import check_factors
 from freemerge.checkpoint.layout import Entry, ShardPlan, plan_shards
 from freemerge.checkpoint.torch_arrays import placed_like
-from freemerge.errors import CheckpointError, PlanError, listed
+from freemerge.errors import CheckpointError, PlanError, RecipeError, listed
 from freemerge.kernels.add_task_vectors import add_task_vectors
 from freemerge.kernels.all_finite import all_finite
 from freemerge.kernels.array import Array, is_float, is_tensor
 from freemerge.match import Match, Matcher, never_fits
 from freemerge.methods import Method, TensorPlan
 from freemerge.recipe import Recipe
-from freemerge.settings import insist_on, layer_positions, settings
+from freemerge.settings import explained_by, insist_on, layer_positions, settings
 from freemerge.vocabulary import Vocabulary
 
 REMEDY = "Merge models of one architecture, or mend the recipe; `freemerge inspect` lists what each model holds."
@@ -355,7 +355,10 @@ class Planner:
                 tasks.append(TensorTask(name, info.shape, dtype, match, None, "copy: no expert takes part"))
                 continue
             chosen = settings(recipe, method, name, self._positions[name])
-            planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen) if plan_tensor else plain
+            try:
+                planned = plan_tensor(name, info.shape, experts=len(match.sources), **chosen) if plan_tensor else plain
+            except RecipeError as error:
+                raise RecipeError(listed([str(error)], explained_by(method))) from None
             # an expert is cut out of whole tensors
             by_runs = method.scope == "element" or planned.elementwise
             elementwise = by_runs and not method.leaves_experts(chosen)

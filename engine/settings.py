@@ -147,7 +147,12 @@ def insist_on(recipe: Recipe, method) -> None:
     """Raise RecipeError with every problem that `check_recipe` finds."""
     problems = check_recipe(recipe, method)
     if problems:
-        raise RecipeError(listed(problems, f"`freemerge methods {method.name}` explains its parameters."))
+        raise RecipeError(listed(problems, explained_by(method)))
+
+
+def explained_by(method) -> str:
+    """What to do about parameters that are not in order."""
+    return f"`freemerge methods {method.name}` explains its parameters."
 
 
 def _check_shares(recipe: Recipe, method) -> list[str]:
