@@ -14,9 +14,12 @@ build: $(VENV)/built
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# mergekit, which tests compare results with, comes without what it requires: most of that (datasets, pandas, pyarrow) it
+# merges without, and the test extra has the rest.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=2.12" ruff
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation --no-compile -e ".[test]"
+	$(BIN)/python -m pip install -q --no-deps mergekit==0.1.5
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
