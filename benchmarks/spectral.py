@@ -1,17 +1,22 @@
 """Methods of singular vectors against the same arithmetic with torch.linalg.svd in full, as fusion_bench has it.
 
-    python benchmarks/spectral.py                        every method and shape, three experts: half an hour on 2 cores
+    python benchmarks/spectral.py                        every method and shape: half an hour on 2 cores
     python benchmarks/spectral.py iso_c,tsvm 768x3072    some
 
-Each run is a process of its own with all cores, float32 in and out: the time of one tensor without imports and inputs,
-the anonymous memory it takes at its peak beyond them, and the largest error against float64, relative to the largest
-entry of the update. What torch runs is written from METHODS.md sections 9, 10 and 16 (official: torch.linalg.svd).
+A model of two tensors of one shape and three experts, float32. Each run is a process of its own with all cores, timed
+without imports: freemerge merges from file to file, what torch runs (written from METHODS.md section 16) has its inputs
+in memory. Medians of ROUNDS in turns; anonymous memory at its peak beyond what there was before; and the largest error
+against float64, relative to the largest entry of the update.
 """
 
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -20,13 +25,13 @@ import results
 
 SHAPES = ("768x3072", "2048x2048", "2048x5632", "5632x2048")
 METHODS = ("iso_c", "iso_cts", "tsvm")
-EXPERTS = 3
+TENSORS, EXPERTS, ROUNDS = 2, 3, 3
 RANK, LOW_RANK, NOISE = 16, 2e-4, 2e-4  # as synthetic.py: what an expert moved
 
 
-def make_inputs(shape: tuple[int, int]) -> list[np.ndarray]:
+def make_vectors(shape: tuple[int, int], tensor: int) -> list[np.ndarray]:
     """Task vectors: the experts of a base that is zero, so that its rounding is no part of the error."""
-    random, vectors = np.random.default_rng(0), []
+    random, vectors = np.random.default_rng(tensor), []
     for _ in range(EXPERTS):
         left, right = (random.standard_normal((side, RANK), np.float32) for side in shape)
         noise = random.standard_normal(shape, np.float32) * np.float32(NOISE)
@@ -79,48 +84,56 @@ def polar(matrix):
     return left @ right
 
 
-def torch_update(method: str, vectors: list[np.ndarray], double: bool = False) -> np.ndarray:
+def torch_update(method: str, vectors: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
     import torch
 
-    tensors = [torch.from_numpy(vector) for vector in vectors]
-    if double:
-        tensors = [tensor.double() for tensor in tensors]
+    tensors = [torch.from_numpy(vector).to(getattr(torch, dtype)) for vector in vectors]
     return {"iso_c": iso_c, "tsvm": tsvm, "iso_cts": iso_cts}[method](tensors).numpy()
 
 
-# ---- measuring ----
+def torch_updates(method: str, of_tensors: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [torch_update(method, vectors) for vectors in of_tensors]
 
 
-def freemerge_update(method: str, vectors: list[np.ndarray]) -> np.ndarray:
+# ---- measuring, in a process of its own ----
+
+
+def write_models(folder: Path, shape: tuple[int, int]) -> list[Path]:
+    from freemerge.testing import write_checkpoint
+
+    of_tensors = [make_vectors(shape, tensor) for tensor in range(TENSORS)]
+    models = {"base": [np.zeros(shape, np.float32)] * TENSORS}
+    models |= {f"expert{t}": [vectors[t] for vectors in of_tensors] for t in range(EXPERTS)}
+    return [write_checkpoint(folder / name, dict(zip("ab", arrays, strict=True))) for name, arrays in models.items()]
+
+
+def merge_files(method: str, models: list[Path], out: Path) -> None:
     import freemerge
 
-    base = {"w": np.zeros_like(vectors[0])}
-    return freemerge.merge_state_dicts(method, base, [{"w": vector} for vector in vectors])["w"]
+    freemerge.merge(method, models[0], models[1:], out, fsync=False, overwrite=True)
 
 
-def measure(kind: str, method: str, shape: tuple[int, int], reference: str) -> dict[str, float]:
-    """In a process of its own."""
+def measure(kind: str, method: str, shape: tuple[int, int], folder: Path) -> dict[str, float]:
     import torch
 
-    import freemerge  # noqa: F401
+    from freemerge.checkpoint.reader import open_checkpoint
 
-    vectors = make_inputs(shape)
     if kind == "float64":
-        np.save(reference, torch_update(method, vectors, double=True))
+        np.save(folder / "expected.npy", torch_update(method, make_vectors(shape, 0), "float64"))
         return {}
     svd(torch.eye(64))  # starts the threads
-    freemerge_update(method, [vector[:64, :64].copy() for vector in vectors])
+    if kind == "freemerge":
+        run = partial(merge_files, method, write_models(folder, shape), folder / "out")
+    else:
+        run = partial(torch_updates, method, [make_vectors(shape, tensor) for tensor in range(TENSORS)])
     watch = processes.PeakWatch(processes.os.getpid())
     before, started = processes.anonymous_bytes(watch.pid), time.perf_counter()
-    run = {"freemerge": freemerge_update, "torch": torch_update}[kind]
-    update = run(method, vectors)
+    found = run()
     seconds, peak = time.perf_counter() - started, watch.stop()
-    expected = np.load(reference)
-    return {
-        "seconds": seconds,
-        "mib": (peak - before) / 2**20,
-        "error": float(np.abs(update - expected).max() / np.abs(expected).max()),
-    }
+    update = found[0] if found else open_checkpoint(folder / "out").read("a")
+    expected = np.load(folder / "expected.npy")
+    error = float(np.abs(update - expected).max() / np.abs(expected).max())
+    return {"seconds": seconds, "mib": (peak - before) / 2**20, "error": error}
 
 
 def in_process(*arguments: str) -> dict[str, float]:
@@ -128,22 +141,30 @@ def in_process(*arguments: str) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def compared(method: str, shape: str) -> tuple[str, ...]:
+    found: dict[str, list[dict[str, float]]] = {"freemerge": [], "torch": []}
+    with tempfile.TemporaryDirectory() as folder:
+        in_process("float64", method, shape, folder)
+        for _ in range(ROUNDS):
+            for kind, runs in found.items():
+                runs.append(in_process(kind, method, shape, folder))
+    seconds = {kind: statistics.median(run["seconds"] for run in runs) for kind, runs in found.items()}
+    texts = [f"{seconds[kind]:.2f} s, {runs[0]['mib']:.0f} MiB, {runs[0]['error']:.1e}" for kind, runs in found.items()]
+    return method, shape, *texts, f"{seconds['torch'] / seconds['freemerge']:.1f} x"
+
+
 def main(methods: str = ",".join(METHODS), shapes: str = ",".join(SHAPES)) -> None:
-    rows, reference = [], "/tmp/freemerge-spectral.npy"
+    rows = []
     for method in methods.split(","):
         for shape in shapes.split(","):
-            in_process("float64", method, shape, reference)
-            ours, torchs = (in_process(kind, method, shape, reference) for kind in ("freemerge", "torch"))
-            faster = torchs["seconds"] / ours["seconds"]
-            numbers = (f"{one['seconds']:.2f} s, {one['mib']:.0f} MiB, {one['error']:.1e}" for one in (ours, torchs))
-            rows.append((method, shape, *numbers, f"{faster:.1f} x"))
+            rows.append(compared(method, shape))
             print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     print(results.table(("method", "shape", "freemerge", "torch.linalg.svd", "faster"), rows))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
-        kind, method, shape, reference = sys.argv[2:]
-        print(json.dumps(measure(kind, method, tuple(map(int, shape.split("x"))), reference)))
+        kind, method, shape, folder = sys.argv[2:]
+        print(json.dumps(measure(kind, method, tuple(map(int, shape.split("x"))), Path(folder))))
     else:
         main(*sys.argv[1:])
