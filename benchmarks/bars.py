@@ -31,6 +31,7 @@ BARS = {
     "slerp": Bar(4, "mergekit slerp", 12),
     "nuslerp": Bar(4, "mergekit nuslerp", 12),
     "pcb": Bar(10),
+    "emr": Bar(6),
 }
 
 

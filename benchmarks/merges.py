@@ -38,4 +38,5 @@ MERGES = {
     "slerp": Merge("slerp", {"t": 0.5}, experts=1, mergekit=True),
     "nuslerp": Merge("nuslerp", {"weight": 1.0}, experts=2, base=False, mergekit=True),
     "pcb": Merge("pcb", {"density": 0.2}),
+    "emr": Merge("emr"),
 }
