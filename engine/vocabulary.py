@@ -1,7 +1,6 @@
 """The tokens of a result, and every model's embeddings with their rows in that order, those it lacks filled in.
 
-What holds a row for each token is told from headers: the input embedding, and outside the layers all that has as many
-rows. Source of the rules: mergekit's documentation of `tokenizer`, and what mergekit 0.1.5 writes.
+Source of the rules: mergekit's documentation of `tokenizer`, and what mergekit 0.1.5 writes.
 """
 
 import copy
@@ -21,10 +20,10 @@ from freemerge.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from freemerge.errors import InputError, PlanError, gathered, listed
 from freemerge.recipe import Recipe
 from freemerge.recipe.tokenizer import TokenRule
-from freemerge.settings import config_parts, is_embedding, layer_of, layer_stacks
+from freemerge.settings import config_parts
+from freemerge.token_tensors import called, token_rows, token_tensors
 
 _REMEDY = "docs/recipe.md, Tokenizers, says what is done with vocabularies."
-_NO_TOKENS = ("pos", "wpe", "type", "patch", "vision", "visual")  # in names of embeddings of something else
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Vocabulary:
         problems: list[str] = []
         present = {name for _, view in group for name in view.tensors}
         for name in dict.fromkeys(name for names in holding.values() for name in names if name in present):
-            theirs = {model: _called(name, checkpoints[model], holding[model]) for model in models}
+            theirs = {model: called(name, checkpoints[model], holding[model]) for model in models}
             taking_part = [model for model in models if theirs[model] is not None]
             fill = _Fill(self, taking_part, base or self.base)
             problems += fill.problems
@@ -189,43 +188,6 @@ def plan_vocabulary(recipe: Recipe, models: Mapping[str, Any]) -> Vocabulary:
         made = _union(made, [known[model].below(counts[model]) for model in used if model != first])
     made = made.with_tokens({"content": text} for text in choice.tokens)
     return _assembled(recipe, made, used, {m: tokenizer.vocab for m, tokenizer in known.items()}, counts, warnings)
-
-
-def token_rows(checkpoint) -> int:
-    """How many rows its embedding of tokens has; 0 without one."""
-    found = {info.shape[0] for name, info in _outside(checkpoint) if _embeds(name) and len(info.shape) == 2}
-    said = {part.get("vocab_size") for part in config_parts(checkpoint.config)} & found
-    return max(said or found, default=0)
-
-
-def token_tensors(checkpoint) -> list[str]:
-    """The tensors with a row, or an entry, for each token."""
-    rows = token_rows(checkpoint)
-    sized = [(name, len(info.shape)) for name, info in _outside(checkpoint) if info.shape[:1] == (rows,)]
-    matrices = [name for name, dimensions in sized if dimensions == 2 and not _of_something_else(name)]
-    return matrices + [name for name, dimensions in sized if dimensions == 1 and name.endswith("bias")]
-
-
-def _outside(checkpoint) -> list[tuple[str, TensorInfo]]:
-    stacks = layer_stacks(checkpoint.tensors)
-    return [(n, info) for n, info in checkpoint.tensors.items() if (layer_of(n) or (None,))[0] not in stacks]
-
-
-def _embeds(name: str) -> bool:
-    return (is_embedding(name) or "shared" in name.split(".")) and not _of_something_else(name)
-
-
-def _of_something_else(name: str) -> bool:
-    return any(word in name.lower() for word in _NO_TOKENS)
-
-
-def _called(name: str, checkpoint, holding: list[str]) -> str | None:
-    """Where a model has the rows of `name`: there, in the embedding it is tied to, or nowhere."""
-    if name in holding:
-        return name
-    tied = (checkpoint.config or {}).get("tie_word_embeddings") or checkpoint.tied
-    matrices = [other for other in holding if len(checkpoint.tensors[other].shape) == 2]
-    return matrices[0] if tied and not name.endswith("bias") and len(matrices) == 1 else None
 
 
 def _tokenizers(models: Mapping[str, Any]) -> dict[str, Tokenizer | None]:

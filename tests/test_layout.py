@@ -24,7 +24,7 @@ LAYERS = [
     ["attached"],
     ["routers"],
     ["chat_templates", "schema", "recipe", "documents", "settings", "accelerator", "devices"],
-    ["adapters", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
+    ["adapters", "token_tensors", "vocabulary", "match", "plan", "slices", "modules", "stages", "running_state"],
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model", "experts.export", "experts.join", "experts.lora"],

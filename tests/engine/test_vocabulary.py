@@ -11,7 +11,7 @@ from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.tokenizer import read_tokenizer
 from freemerge.errors import PlanError
 from freemerge.testing import tiny_llama, tiny_llama_config, tiny_tokenizer, write_checkpoint
-from freemerge.vocabulary import token_rows, token_tensors
+from freemerge.token_tensors import token_rows, token_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZERS = {
@@ -234,7 +234,7 @@ def test_a_base_that_takes_no_part_is_mentioned(zoo):
     assert freemerge.merge(listed, dry_run=True).warnings == []
 
 
-def test_memory_is_bounded_when_rows_are_gathered(zoo, tmp_path):
+def test_less_memory_and_one_thread_give_the_same_bytes(zoo, tmp_path):
     _, _, expected = merged(tmp_path, zoo, "union")
     text = (tmp_path / "out/freemerge.json").read_text()
     recipe = freemerge.recipe.load_recipe(json.loads(text)["recipe"])

@@ -16,7 +16,7 @@ from mergekit_zoo import make_zoo
 import freemerge
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.tokenizer import read_tokenizer
-from freemerge.vocabulary import token_tensors
+from freemerge.token_tensors import token_tensors
 
 ALL = CASES | STAGES
 THEIRS = Path(__file__).with_name("theirs.py")
