@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import freemerge
+from freemerge import cli
 from freemerge.checkpoint.verify import verify
 from freemerge.errors import CheckpointError, InputError, OutputError
 from freemerge.kernels.array import BFLOAT16
@@ -589,6 +591,18 @@ def test_a_merged_model_keeps_its_router_beside_its_experts(router, merged):
     assert load_router(merged).top_k is None
     assert verify(merged).ok
     assert sorted(path.name for path in (merged / "router").iterdir()) == ["router.json", "router.safetensors"]
+
+
+def test_the_list_of_experts_names_the_router(router, merged):
+    def listed():
+        result = CliRunner().invoke(cli.app, ["experts", "list", str(merged)])
+        assert result.exit_code == 0
+        return result.output.splitlines()
+
+    assert not any("router" in line for line in listed())
+    router.threshold = 0.625
+    router.save(merged)
+    assert listed()[-1] == f"router: {router.kind}, picks one expert, the backbone alone below a confidence of 0.625"
 
 
 def test_a_merged_model_refuses_the_router_of_another(merged, tmp_path):
