@@ -5,7 +5,7 @@ import importlib
 # Resolved on first use: `import freemerge` costs nothing, and torch stays out until something needs it.
 _HOME = {
     "merge": "freemerge.api",
-    "merge_state_dicts": "freemerge.api",
+    "merge_state_dicts": "freemerge.state_dicts",
     "Session": "freemerge.session",
     "attach": "freemerge.attached.attachment",
     "load": "freemerge.attached.load",

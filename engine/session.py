@@ -8,7 +8,7 @@ from typing import Any
 
 from freemerge import api, devices, methods, resident
 from freemerge.accelerator import is_out_of_memory
-from freemerge.api import MergedStateDict, Result
+from freemerge.api import Result
 from freemerge.checkpoint.memory import MemoryCheckpoint
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, FreemergeError, RecipeError, UnavailableError, listed
@@ -22,6 +22,7 @@ from freemerge.plan import Plan, Planner
 from freemerge.recipe import Recipe
 from freemerge.sinks import MemorySink
 from freemerge.sizes import parse_size
+from freemerge.state_dicts import MergedStateDict
 from freemerge.stream import Stream
 
 SPOILT = "`into` holds a result that is not finite; merge into it again"

@@ -28,6 +28,7 @@ LAYERS = [
     ["experts.extract", "sinks", "module_sink", "blas", "buffers", "readahead"],
     ["placement", "inputs"],
     ["stream", "resident", "experts.from_model", "experts.export", "experts.join", "experts.lora"],
+    ["opening", "publish", "state_dicts"],
     ["api"],
     ["session"],
     ["integrations"],

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from freemerge import methods
-from freemerge.api import merge_state_dicts
 from freemerge.errors import UnavailableError
 from freemerge.methods import Method, Parameter
 from freemerge.methods._sparse_expert import SparseExpert
+from freemerge.state_dicts import merge_state_dicts
 
 try:
     from mergekit.merge_methods.base import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import freemerge
-from freemerge.api import open_checkpoint
+from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.documents import load_stages, stages_yaml
 from freemerge.errors import CheckpointError, OutputError, PlanError, RecipeError
 from freemerge.recipe import load_recipe
@@ -83,13 +83,13 @@ def test_an_interrupted_run_resumes_with_the_stages_it_made(models, tmp_path, mo
     text, out = documents(models), tmp_path / "out"
     freemerge.merge(text, out=tmp_path / "whole", fsync=False)
     with monkeypatch.context() as patch:
-        run, ran = freemerge.api._run, []
+        run, ran = freemerge.api.run, []
 
         def stop_at_the_last(plan, place, **options):
             ran.append(place.name)
             run(plan, place, **options) if place != out else interrupted()
 
-        patch.setattr("freemerge.api._run", stop_at_the_last)
+        patch.setattr("freemerge.api.run", stop_at_the_last)
         with pytest.raises(KeyboardInterrupt):
             freemerge.merge(text, out=out, fsync=False)
         with pytest.raises(OutputError, match="--resume continues it"):
