@@ -1,33 +1,39 @@
-"""attach: experts on a model that is there already, switched in place."""
+"""attach: experts on a model that is there already, switched in place or routed to the rows of a batch."""
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from freemerge.attached.experts import ExpertSet, open_experts
 from freemerge.attached.in_place import Changed, Room, put_all, restore_all
 from freemerge.attached.lock import WeightsLock, uninterrupted
-from freemerge.attached.places import Place, find_places
+from freemerge.attached.places import Place, find_places, tied
+from freemerge.attached.products import additive
 from freemerge.checkpoint.checksum import checksum
 from freemerge.checkpoint.dtypes import NAMES
 from freemerge.checkpoint.torch_arrays import flat_bytes, from_torch
 from freemerge.errors import CheckpointError, InputError, listed
 from freemerge.kernels.array import dtype_of
+from freemerge.parts import Part, Rows
 
 # What an attached model has beside its own; plain attributes of the instance, so that no state dict knows of them
-ATTRIBUTES = ("use_expert", "experts", "expert", "detach_experts")
+ATTRIBUTES = ("use_expert", "routed", "experts", "expert", "detach_experts")
 
 
 def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
-    """Give a model the experts that were merged with its weights, to switch.
+    """Give a model the experts that were merged with its weights, to switch or to route.
 
         freemerge.attach(model, "merged")
         model.use_expert("math")                      # in place; use_expert(None) restores the backbone bit for bit
+        with model.routed(["math", "code", None]):    # a batch whose rows use different experts
+            model(**batch)
 
     The model has then these attributes more, and no module, parameter or buffer: its state dict keeps plain names.
 
         use_expert(name | None)   puts an expert in the place of the weights, or takes it out
+        routed(assignment)        a context in which each row of a batch uses its own expert (see Attachment.routed)
         experts                   names of the experts
         expert                    the one in place, or None
         detach_experts()          takes the expert out, and these attributes away
@@ -50,6 +56,8 @@ def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
     places = find_places(model, found.shapes, found.label)
     if verify:
         check_backbone(model, found)
+    if same := tied(places):
+        found, places = found.renamed(same), {name: place for name, place in places.items() if name not in same}
     Attachment(model, found, places).install()
     return model
 
@@ -92,12 +100,13 @@ class Attachment:
         self.model, self.found, self.places = model, found, places
         self._lock = WeightsLock()
         self._in_place: list[Changed] = []
-        self._room = Room()
+        self._room, self._additive = Room(), {}
+        self._routing = _routing(self)
         self._hooks: list = []
 
     def install(self) -> None:
         model = self.model
-        model.use_expert, model.detach_experts = self.use_expert, self.detach_experts
+        model.use_expert, model.routed, model.detach_experts = self.use_expert, self.routed, self.detach_experts
         model.experts, model.expert = tuple(self.found.experts), None
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
@@ -139,8 +148,47 @@ class Attachment:
             self._in_place = put_all(parts, self._room)
             self.model.expert = name
 
-    def part(self, expert: str, tensor: str):
+    def part(self, expert: str, tensor: str) -> Part:
         return self.found.part(expert, tensor, self.places[tensor].tensor)
+
+    @contextmanager
+    def routed(self, assignment: Any, *, copies: int = 1) -> Iterator[None]:
+        """A context in which forwards of the model (of this thread) use experts row by row; weights stay untouched.
+
+            with model.routed(["math", "code", None]):            # the third row: the backbone alone
+                model(**batch)
+            with model.routed(router), torch.inference_mode():    # router(batch) -> assignment
+                model.generate(**batch)
+
+        Results equal those of each row run with its expert in place, within rounding. Experts cannot be switched
+        meanwhile: other threads wait.
+
+        Args:
+            assignment: for each row an expert's name or index, None (-1), or a mapping of names to weights; or weights
+                [rows, experts]; or, for each token of each row, lists of lists or [rows, tokens, experts]; or a
+                callable that answers one of these for a batch, a dict of what the forward is called with (of a
+                generation, for its first step). A single name or None holds for all rows.
+            copies: how many rows the model makes of each (num_beams, num_return_sequences).
+
+        Raises:
+            InputError: an unknown expert, a NaN, or (at the forward) another number of rows; an expert is in place.
+        """
+        with self._lock.reading():
+            if self.model.expert is not None:
+                raise InputError(f"expert {self.model.expert!r} is in place; call use_expert(None) before routing")
+            with self._routing.run(assignment, copies):
+                yield
+
+    def part_of(self, expert: str, name: str) -> tuple[Part, float]:
+        """What an expert adds to a tensor, and its scale: one that replaces entries, as what it then adds."""
+        part, scale = self.part(expert, name), self.found.experts[expert].scale(name)
+        if not isinstance(part, Rows) or part.start is None:
+            return part, scale
+        tensor = self.places[name].tensor
+        state = tensor.device, tensor.dtype, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+        if self._additive.get((expert, name), (None,))[0] != state:
+            self._additive[expert, name] = state, additive(part, scale, tensor)
+        return self._additive[expert, name][1]
 
     def detach_experts(self) -> None:
         """Restore the backbone and take everything away that attach added."""
@@ -152,6 +200,7 @@ class Attachment:
 
     def _before_forward(self, module, args, kwargs) -> None:
         self._lock.begin_forward(sys._getframe(1))
+        self._routing.begin_forward(args, kwargs)
 
     def _after_forward(self, module, args, output) -> None:
         self._lock.end_forward()
@@ -169,12 +218,19 @@ class Attachment:
         twin.places = {name: _copied(place, memo) for name, place in self.places.items()}
         twin._lock = WeightsLock()
         twin._in_place = [Changed(_copied(c.place, memo), c.part, c.kept.clone()) for c in self._in_place]
-        twin._room = Room()
+        twin._room, twin._additive = Room(), {}
+        twin._routing = _routing(twin)
         twin._hooks = copy.deepcopy(self._hooks, memo)
         return twin
 
     def __reduce_ex__(self, protocol: int) -> Sequence:
         raise InputError("a model with experts attached cannot be pickled; call its detach_experts() first")
+
+
+def _routing(attachment: Attachment) -> Any:
+    from freemerge.attached.routing import Routing  # which imports torch
+
+    return Routing(attachment)
 
 
 def _copied(place: Place, memo: dict) -> Place:

@@ -1,6 +1,5 @@
 """The experts that can be attached to a model: read, checked, and each part brought to where it is needed."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from freemerge.attached.in_place import moved, on_host
+from freemerge.attached.assignment import unknown
+from freemerge.attached.in_place import as_host, moved, on_host
 from freemerge.checkpoint.checksum import checksum_file
 from freemerge.checkpoint.manifest import MANIFEST, read_manifest
 from freemerge.errors import CheckpointError, InputError, ShapeError, listed
@@ -40,13 +40,25 @@ class ExpertSet:
         """Of every tensor that an expert changes."""
         return {n: tuple(part.shape) for expert in self.experts.values() for n, part in expert.tensors.items()}
 
+    def renamed(self, to: Mapping[str, str]) -> "ExpertSet":
+        """The same, with other names for tensors; two that get one name have to be changed alike.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        problems: list[str] = []
+        experts = {name: Renamed(name, expert, to, problems) for name, expert in self.experts.items()}
+        if problems:
+            raise CheckpointError(
+                listed(problems, "Merge models whose weights are tied as in this one.", outcome="nothing was changed")
+            )
+        return ExpertSet(self.label, experts, self.manifest)
+
     def find(self, name: str) -> Any:
         """Raises InputError naming the nearest there is."""
         if name in self.experts:
             return self.experts[name]
-        near = difflib.get_close_matches(str(name), self.experts, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"no expert {name!r}: there are {', '.join(self.experts)}{hint}")
+        raise InputError(unknown(name, tuple(self.experts)))
 
     def part(self, expert: str, tensor_name: str, tensor) -> Part:
         """What the expert holds of a tensor, where `tensor` lies; brought to a GPU once, when first asked for."""
@@ -57,6 +69,30 @@ class ExpertSet:
         if key not in self._on_devices:
             self._on_devices[key] = moved(part, tensor)
         return self._on_devices[key]
+
+
+class Renamed:
+    """An expert by the model's names of its tensors; `problems` gets what does not go together."""
+
+    def __init__(self, name: str, expert: Any, to: Mapping[str, str], problems: list[str]):
+        self._expert, self._names = expert, {}
+        for own in expert.tensors:
+            other = self._names.setdefault(to.get(own, own), own)
+            if other != own and not _alike(expert, own, other):
+                problems.append(f"{name}: {other} and {own} are one tensor of the model, but changed differently")
+        self.tensors = {new: expert.tensors[own] for new, own in self._names.items()}
+        self.metadata = expert.metadata
+
+    def scale(self, name: str) -> float:
+        return self._expert.scale(self._names[name])
+
+
+def _alike(expert: Any, one: str, other: str) -> bool:
+    parts, scales = [expert.tensors[name] for name in (one, other)], [expert.scale(name) for name in (one, other)]
+    arrays = [part.moved(as_host).arrays for part in parts]
+    return scales[0] == scales[1] and arrays[0].keys() == arrays[1].keys() and all(
+        np.array_equal(array, arrays[1][role]) for role, array in arrays[0].items()
+    )
 
 
 def open_experts(source: Any) -> ExpertSet:

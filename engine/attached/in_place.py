@@ -136,5 +136,9 @@ def as_array(tensor) -> Array:
 def moved(part: Part, tensor) -> Part:
     """The part where `tensor` lies; what comes from a file and is wanted on the CPU stays a view of the file."""
     if on_host(tensor):
-        return part.moved(lambda array: from_torch(array.cpu()) if is_tensor(array) else array)
+        return part.moved(as_host)
     return part.moved(lambda array: placed_like(array, tensor))
+
+
+def as_host(array: Array) -> Array:
+    return from_torch(array.cpu()) if is_tensor(array) else array

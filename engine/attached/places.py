@@ -56,6 +56,13 @@ def find_places(model, shapes: Mapping[str, tuple[int, ...]], label: str) -> dic
     return {name: Place(name, tuple(owners[_identity(tensors[names[name]])])) for name in shapes}
 
 
+def tied(places: Mapping[str, Place]) -> dict[str, str]:
+    """The names that lie in the same place as one before, and that one."""
+    first: dict[Any, str] = {}
+    same = {name: first.setdefault(tuple((id(m), n) for m, n in place.owners), name) for name, place in places.items()}
+    return {name: other for name, other in same.items() if name != other}
+
+
 def _owners(model) -> tuple[dict, dict[str, Any]]:
     """Owners by the identity of the tensor, and every tensor by each of its names."""
     owners: dict[Any, list] = {}

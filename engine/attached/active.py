@@ -1,0 +1,79 @@
+"""What a forward that is routed knows: the assignment of its rows, and what was worked out for it so far."""
+
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from freemerge.attached.assignment import Assignment
+from freemerge.attached.in_place import on_host
+from freemerge.checkpoint.torch_arrays import to_torch
+from freemerge.kernels.array import Array
+
+# Attachment (by id) -> its state, for the code that runs in a `with model.routed(...)`: other threads see their own
+STATES: ContextVar[Mapping[int, "Active"]] = ContextVar("freemerge routed", default={})
+
+
+class Active:
+    """An assignment at work.
+
+    Args:
+        assignment: what it is, or None where a router answers for each batch.
+        router: (batch) -> what read_assignment takes; `copies` as there.
+        replaying: the module that is being run again for some rows; its own hook leaves it alone.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment | None,
+        *,
+        router: Callable | None = None,
+        copies: int = 1,
+        replaying: Any = None,
+    ):
+        self.router, self.copies, self.replaying = router, copies, replaying
+        self._mine = threading.local()  # threads that share a context may run batches of their own
+        self._fixed = None if assignment is None else Work(assignment)
+
+    @property
+    def work(self) -> "Work | None":
+        return self._fixed or getattr(self._mine, "work", None)
+
+    def route(self, assignment: Assignment) -> None:
+        self._mine.work = Work(assignment)
+
+
+class Work:
+    """An assignment with what follows from it, worked out once for all layers and steps."""
+
+    def __init__(self, assignment: Assignment):
+        self.assignment = assignment
+        self.known: dict[Any, Any] = {}  # what routes remember
+        self._placed: dict[str, Any] = {}
+
+    def weights(self, tensor: Any) -> Array:
+        """[G, E] where `tensor` lies."""
+        if on_host(tensor):
+            return self.assignment.groups
+        device = str(tensor.device)
+        if device not in self._placed:
+            self._placed[device] = to_torch(self.assignment.groups).to(tensor.device)
+        return self._placed[device]
+
+    @cached_property
+    def mixtures(self) -> np.ndarray:
+        """[U, E]: the different rows of weights there are."""
+        return self._unique[0]
+
+    @cached_property
+    def mixture_of(self) -> np.ndarray:
+        """[G]: which of them each group has."""
+        return self._unique[1]
+
+    @cached_property
+    def _unique(self) -> tuple[np.ndarray, np.ndarray]:
+        found, index = np.unique(self.assignment.groups, axis=0, return_inverse=True)
+        return found, index.reshape(-1)

@@ -1,0 +1,167 @@
+"""What experts add to a layer's answer for its input, by the kind of their parts; the layer's weights stay as they are.
+
+Everything here works on torch tensors without gradients, on the CPU through NumPy views of their memory. Answers are
+added up in float32 and rounded once.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from freemerge.attached.in_place import as_array, as_host
+from freemerge.checkpoint.torch_arrays import placed_like, to_torch
+from freemerge.kernels.add_expert_products import multiply_experts
+from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
+from freemerge.kernels.array import Array, SparseRows, column_dtype, dtype_of, empty, is_tensor, rows_of
+from freemerge.parts import LowRank, Part, Rows, apply_parts
+
+
+def add_linear(x: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weights: Array, *, transposed: bool) -> None:
+    """out[i] += sum over parts of weight * scale * (part x[i]).
+
+    Args:
+        x: [n, width]; out: [n, H], contiguous, changed in place.
+        parts: (expert, part, scale); a part is [H, width], or [width, H] where `transposed`.
+        weights: float32 [G, E], G a divisor of n, where x lies.
+    """
+    sparse = [(e, part, scale) for e, part, scale in parts if isinstance(part, Rows)]
+    if sparse:
+        columns = [e for e, _, _ in sparse]
+        chosen = weights[:, columns] if len(columns) < weights.shape[1] else weights
+        rows = [turned(part) if transposed else part for _, part, _ in sparse]
+        multiply_experts(as_array(x), rows, [scale for *_, scale in sparse], _contiguous(chosen), as_array(out))
+    others = [(e, part, scale) for e, part, scale in parts if not isinstance(part, Rows)]
+    if others:
+        total = out.float()
+        for e, part, scale in others:
+            mine, share = _share(weights, e, len(x), out.device)
+            if len(mine):
+                product = _product(x[mine].float(), part, transposed) * (share * scale)[:, None]
+                total.index_add_(0, mine, product)
+        out.copy_(total)
+
+
+def add_rows(ids: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weights: Array) -> None:
+    """out[i] += sum over parts of weight * scale * (row ids[i] of the part).
+
+    Args:
+        ids: [n] integers; out: [n, width], contiguous, changed in place.
+        parts: (expert, part, scale), each [rows, width].
+    """
+    total = out.float() if parts else out
+    for e, part, scale in parts:
+        mine, share = _share(weights, e, len(ids), out.device)
+        if len(mine):
+            add_part_rows(total, mine, ids[mine], part, share * scale)
+    if total is not out:
+        out.copy_(total)
+
+
+def add_part_rows(total: Any, mine: Any, ids: Any, part: Part, factors: Any) -> None:
+    """total[mine[i]] += factors[i] * (row ids[i] of the part)."""
+    if not isinstance(part, Rows):
+        chosen = dense(part)[ids] if not isinstance(part, LowRank) else _tensor(part.left)[ids] @ _tensor(part.right)
+        total.index_add_(0, mine, chosen * factors[:, None])
+        return
+    torch = sys.modules["torch"]
+    offsets = _tensor(part.offsets)
+    begin = offsets[ids]
+    counts = offsets[ids + 1] - begin
+    token = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
+    entry = torch.arange(len(token), device=ids.device) + (begin - counts.cumsum(0) + counts)[token]
+    columns, values = _taken(part.columns, entry), _taken(part.values, entry)
+    # of one expert, no place comes twice: nothing depends on the order
+    total.index_put_((mine[token], columns), values * factors[token], accumulate=True)
+
+
+def changed(tensor: Any, parts: Sequence[tuple[Part, float]]) -> Any:
+    """A new tensor: `tensor` with parts added, one rounding; one part alone as it is in place, to the bit."""
+    out = sys.modules["torch"].empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    apply_parts(as_array(tensor.detach().contiguous()), parts, out=as_array(out))
+    return out
+
+
+def additive(part: Part, scale: float, tensor: Any) -> tuple[Part, float]:
+    """A part that replaces entries as one that is added, and the scale it then has; others as they are."""
+    if not isinstance(part, Rows) or part.start is None:
+        return part, scale
+    before = part.gather(as_array(tensor.detach().contiguous()))
+    after = empty((part.count,), dtype_of(before), before)
+    apply_sparse_rows(before, _in_a_line(part), scale, start=part.start, out=after)
+    return replace(part, values=_float32(after) - _float32(before), start=None), 1.0
+
+
+def _in_a_line(part: Rows) -> SparseRows:
+    """The entries alone, as an array of as many."""
+    columns = np.arange(part.count, dtype=column_dtype(part.count))
+    line = SparseRows(np.array([0, part.count]), columns, part.values, (part.count,))
+    if not is_tensor(part.values):
+        return line
+    return replace(
+        line, offsets=placed_like(line.offsets, part.values), columns=placed_like(line.columns, part.values)
+    )
+
+
+def turned(rows: Rows) -> Rows:
+    """The transpose of a matrix of sparse rows."""
+    if is_tensor(rows.values):
+        return turned(rows.moved(as_host)).moved(lambda array: placed_like(array, rows.values))
+    height, width = rows_of(rows.shape)
+    order = np.argsort(rows.columns, kind="stable")
+    row = np.repeat(np.arange(height, dtype=np.uint32), np.diff(rows.offsets))[order]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows.columns, minlength=width))]).astype(np.int64)
+    columns = row.astype(column_dtype(height))
+    return Rows(offsets, columns, rows.values[order], (width, height))
+
+
+def dense(part: Part) -> Any:
+    """The part alone, float32, as a tensor."""
+    torch = sys.modules["torch"]
+    first = next(iter(part.arrays.values()))
+    out = torch.zeros(tuple(part.shape), device=first.device if is_tensor(first) else "cpu")
+    part.apply(as_array(out), 1.0, out=as_array(out))
+    return out
+
+
+def _product(x: Any, part: Part, transposed: bool) -> Any:
+    if isinstance(part, LowRank):
+        first, second = (part.left, part.right) if transposed else (part.right, part.left)
+        first, second = _tensor(first), _tensor(second)
+        return (x @ first) @ second if transposed else (x @ first.T) @ second.T
+    matrix = dense(part)
+    return x @ matrix if transposed else x @ matrix.T
+
+
+def _float32(array: Array) -> Array:
+    return array.float() if is_tensor(array) else array.astype(np.float32)
+
+
+def _share(weights: Array, expert: int, n: int, device) -> tuple[Any, Any]:
+    """The tokens that use an expert, and how much."""
+    torch = sys.modules["torch"]
+    column = _tensor(weights[:, expert]).to(device)
+    groups = column.nonzero()[:, 0]
+    each = n // len(column)
+    mine = (groups[:, None] * each + torch.arange(each, device=device)).reshape(-1)
+    return mine, column[groups].repeat_interleave(each)
+
+
+def _tensor(array: Array) -> Any:
+    """As a tensor; a view of a mapped file, which is read-only, is copied."""
+    if is_tensor(array):
+        return array
+    return to_torch(array if array.flags.writeable else array.copy())
+
+
+def _taken(array: Array, index: Any) -> Any:
+    if is_tensor(array):
+        return array.to(sys.modules["torch"].int64)[index] if not array.is_floating_point() else array[index]
+    found = array[index.numpy()]
+    return to_torch(found.astype(np.int64) if found.dtype.kind == "u" else found)
+
+
+def _contiguous(weights: Array) -> Array:
+    return weights.contiguous() if is_tensor(weights) else np.ascontiguousarray(weights)

@@ -1,0 +1,299 @@
+"""How each kind of module is routed: a forward hook that makes of its answer for the backbone that of each row's expert.
+
+Linear layers and embeddings add what the experts' parts make of the input (products.py), norms take a weight for each
+row, and any other module is run again for the rows of each expert (replay.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from freemerge.attached import replay
+from freemerge.attached.active import STATES, Active, Work
+from freemerge.attached.assignment import Assignment
+from freemerge.attached.products import add_linear, add_rows, changed
+from freemerge.errors import InputError
+from freemerge.parts import Part
+
+Path = tuple[str, ...]
+
+
+class Route(ABC):
+    """The forward hook of one module.
+
+    Args:
+        attachment: whose experts these are.
+        label: the module's name, for messages.
+        names: the experts' name of each tensor of the module that one of them changes, by path from the module.
+    """
+
+    def __init__(self, attachment: Any, label: str, names: Mapping[Path, str]):
+        self.attachment, self.label, self.names = attachment, label, dict(names)
+
+    def __call__(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        active = STATES.get().get(id(self.attachment))
+        if active is None or active.work is None or active.replaying is module:
+            return None
+        if not any(self.parts(active.work, name) for name in self.names.values()):
+            return None
+        return self.answer(active.work, module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return _pass  # a copy made in a routed context is not in one
+
+    @abstractmethod
+    def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """What the module answers, each row with its experts, given `output`, what it answers with the backbone's."""
+
+    def parts(self, work: Work, name: str | None) -> list[tuple[int, Part, float]]:
+        """(expert, part, scale) of a tensor, of those experts that the assignment uses."""
+        if name not in work.known:
+            found = self.attachment.found.experts
+            work.known[name] = [
+                (e, *self.attachment.part_of(expert, name))
+                for e, expert in enumerate(found)
+                if name in found[expert].tensors and work.assignment.uses(e)
+            ]
+        return work.known[name]
+
+    def mixed(self, work: Work, name: str) -> list[Any]:
+        """The tensor with each of the mixtures of experts there are."""
+        key = "mixed", name
+        if key not in work.known:
+            work.known[key] = [self._with(work, name, mixture) for mixture in work.mixtures]
+        return work.known[key]
+
+    def _with(self, work: Work, name: str, mixture: np.ndarray) -> Any:
+        tensor = self.attachment.places[name].tensor.detach()
+        parts = [(e, part, scale) for e, part, scale in self.parts(work, name) if mixture[e]]
+        if len(parts) == 1 and mixture[parts[0][0]] == 1:
+            expert = list(self.attachment.found.experts)[parts[0][0]]
+            part = self.attachment.part(expert, name)  # as it is in place, where it replaces entries too
+            return changed(tensor, [(part, self.attachment.found.experts[expert].scale(name))])
+        return changed(tensor, [(part, scale * float(mixture[e])) for e, part, scale in parts]) if parts else tensor
+
+
+class LinearRoute(Route):
+    """nn.Linear, and transformers' Conv1D with its transposed weight."""
+
+    def __init__(self, attachment: Any, label: str, names: Mapping[Path, str], *, transposed: bool = False):
+        super().__init__(attachment, label, names)
+        self._weight, self._bias, self._transposed = names.get(("weight",)), names.get(("bias",)), transposed
+
+    def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        x = _input(args, kwargs)
+        work.assignment.check_input(x.shape, self.label)
+        y = output.detach().contiguous()
+        weight_parts = self.parts(work, self._weight) if self._weight else []
+        if weight_parts:
+            tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
+            lines = y.view(-1, y.shape[-1])
+            add_linear(tokens, lines, weight_parts, work.weights(y), transposed=self._transposed)
+        if self._bias and self.parts(work, self._bias):
+            groups = len(work.mixture_of)
+            y.view(groups, -1, y.shape[-1]).add_(self._biases(work)[:, None])
+        return _instead(output, y)
+
+    def _biases(self, work: Work) -> Any:
+        """float32 [G, H]: what to add to the backbone's bias."""
+        key = "bias", self._bias
+        if key not in work.known:
+            bias = self.attachment.places[self._bias].tensor.detach().float()
+            rows = torch.stack([tensor.float() - bias for tensor in self.mixed(work, self._bias)])
+            work.known[key] = rows[_index(work, bias)]
+        return work.known[key]
+
+
+class EmbeddingRoute(Route):
+    """nn.Embedding."""
+
+    def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        ids, rows = _input(args, kwargs), work.assignment.rows
+        if ids.ndim > 1 and ids.shape[0] == 1 < rows:  # positions, the same for all rows: each row has its own now
+            ids, output = ids.expand(rows, *ids.shape[1:]), output.expand(rows, *output.shape[1:])
+        work.assignment.check_input(ids.shape, self.label)
+        y = output.detach().clone()
+        parts = self.parts(work, self.names["weight",])
+        add_rows(ids.reshape(-1), y.view(-1, y.shape[-1]), parts, work.weights(y))
+        return _instead(output, y)
+
+
+class NormRoute(Route):
+    """A norm over the last dimensions: the rows of each expert have its weights, in one go."""
+
+    def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        x = _input(args, kwargs)
+        work.assignment.check_input(x.shape, self.label)
+        index = _index(work, x)
+        touched = torch.as_tensor(work.mixtures.any(axis=1), device=x.device)[index].nonzero()[:, 0]
+        inner = self.inner(module)
+        tokens = x.detach().reshape(len(index), -1, *inner)[touched]
+        tensors = {}
+        for (name,), tensor_name in self.names.items():
+            rows = torch.stack(self.mixed(work, tensor_name))[index[touched]]
+            tensors[name] = rows[:, None]
+        y = output.detach().contiguous().clone()
+        y.view(len(index), -1, *inner)[touched] = self.norm(module, tokens, tensors).to(y.dtype)
+        return _instead(output, y)
+
+    def inner(self, module: Any) -> tuple[int, ...]:
+        return tuple(module.normalized_shape)
+
+    def norm(self, module: Any, tokens: Any, tensors: Mapping[str, Any]) -> Any:
+        """Of [rows, tokens, ...], with tensors [rows, 1, ...] in the place of its own."""
+        found = functional.layer_norm(tokens.float(), module.normalized_shape, None, None, module.eps)
+        weight, bias = (tensors.get(name, getattr(module, name)) for name in ("weight", "bias"))
+        found = found if weight is None else found * weight.float()
+        return found if bias is None else found + bias.float()
+
+
+class RmsNormRoute(NormRoute):
+    """The many RMSNorm of transformers: any of them, as long as it multiplies with its weight (see `broadcasts`)."""
+
+    def inner(self, module: Any) -> tuple[int, ...]:
+        return tuple(module.weight.shape)
+
+    def norm(self, module: Any, tokens: Any, tensors: Mapping[str, Any]) -> Any:
+        return replay.run(replay.twin_of(module, {(name,): t for name, t in tensors.items()}), (tokens,), {})
+
+
+class ReplayRoute(Route):
+    """Any module, run again for the rows of each mixture of experts."""
+
+    def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        n = replay.first_dimension(args, kwargs)
+        if n is None:
+            raise InputError(f"{self.label} is called without a tensor: its own tensors cannot be routed")
+        _check_mask(module, args, kwargs, self.label)
+        index = self._rows(work, n)
+        shared = n == 1 < len(index)
+        for u, mixture in enumerate(work.mixtures):
+            rows = np.flatnonzero(index == u)
+            used = {e for name in self.names.values() for e, _, _ in self.parts(work, name)}
+            if not len(rows) or not any(mixture[e] for e in used):
+                continue
+            rows = torch.as_tensor(rows, device=_device(args, kwargs))
+            given = (args, dict(kwargs)) if shared else replay.select((args, dict(kwargs)), rows, n)
+            twin = replay.twin_of(module, {path: self.mixed(work, name)[u] for path, name in self.names.items()})
+            with uniform(self.attachment, mixture, module):
+                part = replay.run(twin, *given)
+            output = replay.put_rows(output, part, rows, len(index) if shared else n, self.label)
+        return output
+
+    def _rows(self, work: Work, n: int) -> np.ndarray:
+        """Which mixture each of the first dimension's `n` has; where it is 1 for all, each of the batch's rows."""
+        assignment = work.assignment
+        if assignment.tokens is not None and n != len(work.mixture_of):
+            by_row = work.mixture_of.reshape(-1, assignment.tokens)
+            if (by_row != by_row[:, :1]).any():
+                raise InputError(f"{self.label} mixes tokens: assign experts to rows, not to tokens")
+            groups = by_row[:, 0]
+        else:
+            groups = work.mixture_of
+        if n != 1 and n % len(groups):
+            raise InputError(f"{self.label} was given {n} rows, the assignment has {len(groups)}")
+        return np.repeat(groups, max(1, n // len(groups)))
+
+
+def _pass(*_: Any) -> None:
+    """The hook that changes nothing."""
+
+
+def route_for(attachment: Any, module: Any, label: str, names: Mapping[Path, str]) -> Route:
+    """The fastest that is right for this module."""
+    own = set(names)
+    same = "forward" not in vars(module)
+    forward = type(module).forward
+    if same and forward is nn.Linear.forward and own <= {("weight",), ("bias",)}:
+        return LinearRoute(attachment, label, names)
+    if same and _is_conv1d(module):
+        return LinearRoute(attachment, label, names, transposed=True)
+    if same and forward is nn.Embedding.forward and module.max_norm is None:
+        return EmbeddingRoute(attachment, label, names)
+    if same and forward is nn.LayerNorm.forward:
+        return NormRoute(attachment, label, names)
+    if same and own == {("weight",)} and type(module).__name__.endswith("RMSNorm") and broadcasts(module):
+        return RmsNormRoute(attachment, label, names)
+    return ReplayRoute(attachment, label, names)
+
+
+def broadcasts(module: Any) -> bool:
+    """Whether a norm with weights [rows, 1, width] answers for each row what it does with that row's weight."""
+    if module.weight is None or module.weight.ndim != 1 or list(module.children()):
+        return False
+    like = {"dtype": module.weight.dtype, "device": module.weight.device}
+    seed = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 1, module.weight.numel(), generator=seed).to(**like)
+    x = torch.randn(2, 3, module.weight.numel(), generator=seed).to(**like)
+    try:
+        with torch.no_grad():
+            together = replay.run(replay.twin_of(module, {("weight",): weights}), (x,), {})
+            alone = [
+                replay.run(replay.twin_of(module, {("weight",): w[0]}), (row[None],), {})
+                for w, row in zip(weights, x, strict=True)
+            ]
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return torch.equal(together, torch.cat(alone))
+
+
+class uniform:
+    """Forwards in this context have one mixture of experts for all rows; `module` itself is left alone."""
+
+    def __init__(self, attachment: Any, mixture: np.ndarray, module: Any):
+        self._state = Active(Assignment(mixture[None]), replaying=module)
+        self._key = id(attachment)
+
+    def __enter__(self) -> None:
+        self._token = STATES.set({**STATES.get(), self._key: self._state})
+
+    def __exit__(self, *_: object) -> None:
+        STATES.reset(self._token)
+
+
+class _Unlearnable(torch.autograd.Function):
+    """An answer put in the place of another, past autograd."""
+
+    @staticmethod
+    def forward(ctx, output, instead):
+        return instead.view_as(instead)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("a routed forward has no gradient: train with use_expert, or with torch.no_grad() around it")
+
+
+def _instead(output: Any, y: Any) -> Any:
+    if torch.is_grad_enabled() and output.requires_grad:
+        return _Unlearnable.apply(output, y)
+    return y
+
+
+def _input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _index(work: Work, tensor: Any) -> Any:
+    """[G]: which mixture each group has, where `tensor` lies."""
+    return torch.as_tensor(work.mixture_of, device=tensor.device)
+
+
+def _device(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    return next(t.device for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+
+
+def _check_mask(module: Any, args: tuple, kwargs: Mapping[str, Any], label: str) -> None:
+    if isinstance(module, nn.MultiheadAttention):
+        mask = kwargs.get("attn_mask", args[5] if len(args) > 5 else None)
+        if mask is not None and mask.ndim == 3:
+            raise InputError(f"{label} has a mask for each head and row, which cannot be routed; give key_padding_mask")
+
+
+def _is_conv1d(module: Any) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" and module.weight.ndim == 2
