@@ -15,7 +15,8 @@ namespace FREEMERGE_ISA {
 namespace {
 
 // Tokens are the lanes: of a transposed tile of x, an entry of a row takes one column of lanes, which lie together.
-constexpr int MANY = 32;                      // lanes of a full tile
+constexpr int MOST = 64, MANY = 32;           // lanes of a full tile, and of one of
+constexpr std::size_t WIDE = 1024;            // columns or more, of which MOST would leave the second-level cache
 constexpr int FEW = WIDTH < 8 ? 8 : WIDTH;    // lanes of what is left over: one register, and whole 8 x 8 blocks
 constexpr std::size_t BLOCK = 64;             // rows of an expert between two visits to out
 constexpr std::size_t COLUMNS = 128;          // of x, transposed at a time
@@ -51,7 +52,7 @@ struct Lanes {  // LANES numbers in as many registers as it takes
   // product and sum are rounded each, as everywhere: the same bits with every instruction set
   void add(float value, const float* column) {
     const Vec factor = splat(value);
-    FREEMERGE_UNROLL(8)
+    FREEMERGE_UNROLL(16)
     for (int j = 0; j < COUNT; ++j) sums[j] += factor * load(column + j * WIDTH);
   }
   void add_weighted_to(const float* weights, float* totals) const {
@@ -161,12 +162,13 @@ void add_expert_products(const Source& x, const SparseSource* experts, const flo
   const auto by_experts = grouped(products, groups);
   std::vector<Tokens> tiles;
   std::size_t work = 0;
+  const int most = products.width() > WIDE ? MANY : MOST;
   for (const auto& [chosen, index] : by_experts) {
     std::size_t entries = 0;
     for (const std::size_t e : chosen) entries += static_cast<std::size_t>(experts[e].offsets[experts[e].rows]);
-    for (std::size_t first = 0; first < index.size(); first += MANY) {
-      tiles.push_back({&index, first, std::min<std::size_t>(MANY, index.size() - first), &chosen});
-      work += entries * (tiles.back().count > FEW ? MANY / FEW : 1);
+    for (std::size_t first = 0; first < index.size(); first += most) {
+      tiles.push_back({&index, first, std::min<std::size_t>(most, index.size() - first), &chosen});
+      work += entries * ((tiles.back().count + FEW - 1) / FEW);
     }
   }
   if (tiles.empty()) return;
@@ -177,7 +179,7 @@ void add_expert_products(const Source& x, const SparseSource* experts, const flo
   const auto run = [&](std::size_t unit) {
     const Tokens& tokens = tiles[unit / parts];
     const std::size_t first = std::min(rows, unit % parts * blocks * BLOCK), end = std::min(rows, first + blocks * BLOCK);
-    (tokens.count == 1 ? multiply<1> : tokens.count <= FEW ? multiply<FEW> : multiply<MANY>)(products, tokens, first, end);
+    (tokens.count == 1 ? multiply<1> : tokens.count <= FEW ? multiply<FEW> : tokens.count <= MANY ? multiply<MANY> : multiply<MOST>)(products, tokens, first, end);
   };
   if (work > WORTH_SHARING) return parallel_for(tiles.size() * parts, run);
   for (std::size_t unit = 0; unit < tiles.size() * parts; ++unit) run(unit);

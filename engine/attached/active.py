@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.kernels.array import Array
 
 # Attachment (by id) -> its state, for the code that runs in a `with model.routed(...)`: other threads see their own
-STATES: ContextVar[Mapping[int, "Active"]] = ContextVar("freemerge routed", default={})
+STATES: ContextVar[Mapping[int, "Active"]] = ContextVar("freemerge routed", default=MappingProxyType({}))
 
 
 class Active:
@@ -72,6 +73,19 @@ class Work:
     def mixture_of(self) -> np.ndarray:
         """[G]: which of them each group has."""
         return self._unique[1]
+
+    @cached_property
+    def chosen(self) -> np.ndarray | None:
+        """[U]: the expert each mixture consists of, E where it is the backbone alone; None where there are others."""
+        mixtures = self.mixtures
+        if not ((mixtures == 0) | (mixtures == 1)).all() or (mixtures.sum(axis=1) > 1).any():
+            return None
+        return np.where(mixtures.any(axis=1), mixtures.argmax(axis=1), mixtures.shape[1])
+
+    @cached_property
+    def used(self) -> np.ndarray:
+        """[E]: whether any row uses an expert."""
+        return self.mixtures.any(axis=0)
 
     @cached_property
     def _unique(self) -> tuple[np.ndarray, np.ndarray]:

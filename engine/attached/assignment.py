@@ -41,9 +41,6 @@ class Assignment:
             -1, self.weights.shape[-1]
         )
 
-    def uses(self, expert: int) -> bool:
-        return bool(self.weights[..., expert].any())
-
     def check_batch(self, rows: int) -> None:
         """Raise InputError where a batch has another number of rows."""
         if self.rows not in (1, rows):

@@ -10,13 +10,12 @@ from freemerge.attached.experts import ExpertSet, open_experts
 from freemerge.attached.in_place import Changed, Room, put_all, restore_all
 from freemerge.attached.lock import WeightsLock, uninterrupted
 from freemerge.attached.places import Place, find_places, tied
-from freemerge.attached.products import additive
 from freemerge.checkpoint.checksum import checksum
 from freemerge.checkpoint.dtypes import NAMES
 from freemerge.checkpoint.torch_arrays import flat_bytes, from_torch
 from freemerge.errors import CheckpointError, InputError, listed
 from freemerge.kernels.array import dtype_of
-from freemerge.parts import Part, Rows
+from freemerge.parts import Part
 
 # What an attached model has beside its own; plain attributes of the instance, so that no state dict knows of them
 ATTRIBUTES = ("use_expert", "routed", "experts", "expert", "detach_experts")
@@ -100,8 +99,8 @@ class Attachment:
         self.model, self.found, self.places = model, found, places
         self._lock = WeightsLock()
         self._in_place: list[Changed] = []
-        self._room, self._additive = Room(), {}
-        self._routing = _routing(self)
+        self._room = Room()
+        self.derived, self._routing = _routing(self)
         self._hooks: list = []
 
     def install(self) -> None:
@@ -179,17 +178,6 @@ class Attachment:
             with self._routing.run(assignment, copies):
                 yield
 
-    def part_of(self, expert: str, name: str) -> tuple[Part, float]:
-        """What an expert adds to a tensor, and its scale: one that replaces entries, as what it then adds."""
-        part, scale = self.part(expert, name), self.found.experts[expert].scale(name)
-        if not isinstance(part, Rows) or part.start is None:
-            return part, scale
-        tensor = self.places[name].tensor
-        state = tensor.device, tensor.dtype, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-        if self._additive.get((expert, name), (None,))[0] != state:
-            self._additive[expert, name] = state, additive(part, scale, tensor)
-        return self._additive[expert, name][1]
-
     def detach_experts(self) -> None:
         """Restore the backbone and take everything away that attach added."""
         self.use_expert(None)
@@ -218,8 +206,8 @@ class Attachment:
         twin.places = {name: _copied(place, memo) for name, place in self.places.items()}
         twin._lock = WeightsLock()
         twin._in_place = [Changed(_copied(c.place, memo), c.part, c.kept.clone()) for c in self._in_place]
-        twin._room, twin._additive = Room(), {}
-        twin._routing = _routing(twin)
+        twin._room = Room()
+        twin.derived, twin._routing = _routing(twin)
         twin._hooks = copy.deepcopy(self._hooks, memo)
         return twin
 
@@ -227,10 +215,12 @@ class Attachment:
         raise InputError("a model with experts attached cannot be pickled; call its detach_experts() first")
 
 
-def _routing(attachment: Attachment) -> Any:
-    from freemerge.attached.routing import Routing  # which imports torch
+def _routing(attachment: Attachment) -> tuple[Any, Any]:
+    # these import torch
+    from freemerge.attached.derived import Derived
+    from freemerge.attached.routing import Routing
 
-    return Routing(attachment)
+    return Derived(attachment), Routing(attachment)
 
 
 def _copied(place: Place, memo: dict) -> Place:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from freemerge.attached.assignment import unknown
-from freemerge.attached.in_place import as_host, moved, on_host
+from freemerge.attached.in_place import as_host, moved
 from freemerge.checkpoint.checksum import checksum_file
 from freemerge.checkpoint.manifest import MANIFEST, read_manifest
 from freemerge.errors import CheckpointError, InputError, ShapeError, listed
@@ -62,12 +62,9 @@ class ExpertSet:
 
     def part(self, expert: str, tensor_name: str, tensor) -> Part:
         """What the expert holds of a tensor, where `tensor` lies; brought to a GPU once, when first asked for."""
-        part = self.experts[expert].tensors[tensor_name]
-        if on_host(tensor):
-            return moved(part, tensor)
-        key = expert, tensor_name, str(tensor.device)
+        key = expert, tensor_name, tensor.device
         if key not in self._on_devices:
-            self._on_devices[key] = moved(part, tensor)
+            self._on_devices[key] = moved(self.experts[expert].tensors[tensor_name], tensor)
         return self._on_devices[key]
 
 
@@ -90,8 +87,10 @@ class Renamed:
 def _alike(expert: Any, one: str, other: str) -> bool:
     parts, scales = [expert.tensors[name] for name in (one, other)], [expert.scale(name) for name in (one, other)]
     arrays = [part.moved(as_host).arrays for part in parts]
-    return scales[0] == scales[1] and arrays[0].keys() == arrays[1].keys() and all(
-        np.array_equal(array, arrays[1][role]) for role, array in arrays[0].items()
+    return (
+        scales[0] == scales[1]
+        and arrays[0].keys() == arrays[1].keys()
+        and all(np.array_equal(array, arrays[1][role]) for role, array in arrays[0].items())
     )
 
 

@@ -100,9 +100,7 @@ def _in_a_line(part: Rows) -> SparseRows:
     line = SparseRows(np.array([0, part.count]), columns, part.values, (part.count,))
     if not is_tensor(part.values):
         return line
-    return replace(
-        line, offsets=placed_like(line.offsets, part.values), columns=placed_like(line.columns, part.values)
-    )
+    return replace(line, offsets=placed_like(line.offsets, part.values), columns=placed_like(line.columns, part.values))
 
 
 def turned(rows: Rows) -> Rows:

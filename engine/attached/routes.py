@@ -1,4 +1,4 @@
-"""How each kind of module is routed: a forward hook that makes of its answer for the backbone that of each row's expert.
+"""How each kind of module is routed: a forward hook that turns the backbone's answer into that of each row's expert.
 
 Linear layers and embeddings add what the experts' parts make of the input (products.py), norms take a weight for each
 row, and any other module is run again for the rows of each expert (replay.py).
@@ -16,7 +16,7 @@ from torch.nn import functional
 from freemerge.attached import replay
 from freemerge.attached.active import STATES, Active, Work
 from freemerge.attached.assignment import Assignment
-from freemerge.attached.products import add_linear, add_rows, changed
+from freemerge.attached.products import add_linear, add_rows
 from freemerge.errors import InputError
 from freemerge.parts import Part
 
@@ -52,30 +52,17 @@ class Route(ABC):
 
     def parts(self, work: Work, name: str | None) -> list[tuple[int, Part, float]]:
         """(expert, part, scale) of a tensor, of those experts that the assignment uses."""
-        if name not in work.known:
-            found = self.attachment.found.experts
-            work.known[name] = [
-                (e, *self.attachment.part_of(expert, name))
-                for e, expert in enumerate(found)
-                if name in found[expert].tensors and work.assignment.uses(e)
-            ]
-        return work.known[name]
+        key = "parts", name
+        if key not in work.known:
+            work.known[key] = self.attachment.derived.parts(name, work)
+        return work.known[key]
 
-    def mixed(self, work: Work, name: str) -> list[Any]:
+    def mixed(self, work: Work, name: str) -> Any:
         """The tensor with each of the mixtures of experts there are."""
         key = "mixed", name
         if key not in work.known:
-            work.known[key] = [self._with(work, name, mixture) for mixture in work.mixtures]
+            work.known[key] = self.attachment.derived.mixed(name, work)
         return work.known[key]
-
-    def _with(self, work: Work, name: str, mixture: np.ndarray) -> Any:
-        tensor = self.attachment.places[name].tensor.detach()
-        parts = [(e, part, scale) for e, part, scale in self.parts(work, name) if mixture[e]]
-        if len(parts) == 1 and mixture[parts[0][0]] == 1:
-            expert = list(self.attachment.found.experts)[parts[0][0]]
-            part = self.attachment.part(expert, name)  # as it is in place, where it replaces entries too
-            return changed(tensor, [(part, self.attachment.found.experts[expert].scale(name))])
-        return changed(tensor, [(part, scale * float(mixture[e])) for e, part, scale in parts]) if parts else tensor
 
 
 class LinearRoute(Route):
@@ -104,8 +91,7 @@ class LinearRoute(Route):
         key = "bias", self._bias
         if key not in work.known:
             bias = self.attachment.places[self._bias].tensor.detach().float()
-            rows = torch.stack([tensor.float() - bias for tensor in self.mixed(work, self._bias)])
-            work.known[key] = rows[_index(work, bias)]
+            work.known[key] = (self.mixed(work, self._bias).float() - bias)[_index(work, bias)]
         return work.known[key]
 
 
@@ -129,17 +115,24 @@ class NormRoute(Route):
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         x = _input(args, kwargs)
         work.assignment.check_input(x.shape, self.label)
-        index = _index(work, x)
-        touched = torch.as_tensor(work.mixtures.any(axis=1), device=x.device)[index].nonzero()[:, 0]
-        inner = self.inner(module)
-        tokens = x.detach().reshape(len(index), -1, *inner)[touched]
-        tensors = {}
-        for (name,), tensor_name in self.names.items():
-            rows = torch.stack(self.mixed(work, tensor_name))[index[touched]]
-            tensors[name] = rows[:, None]
-        y = output.detach().contiguous().clone()
-        y.view(len(index), -1, *inner)[touched] = self.norm(module, tokens, tensors).to(y.dtype)
+        inner, index = self.inner(module), _index(work, x)
+        tokens, y = x.detach().reshape(len(index), -1, *inner), output.detach()
+        touched = _index(work, x, work.mixtures.any(axis=1))
+        everywhere = bool(work.mixtures.any(axis=1).all())
+        if not everywhere:
+            tokens, index = tokens[touched], index[touched]
+        tensors = {n: self._stacked(work, own)[index][:, None] for (n,), own in self.names.items()}
+        found = self.norm(module, tokens, tensors).to(y.dtype)
+        if everywhere:
+            y = found.view(y.shape)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+            y.view(len(touched), -1, *inner)[touched] = found
         return _instead(output, y)
+
+    def _stacked(self, work: Work, name: str) -> Any:
+        found = self.mixed(work, name)
+        return torch.stack(found) if isinstance(found, list) else found
 
     def inner(self, module: Any) -> tuple[int, ...]:
         return tuple(module.normalized_shape)
@@ -148,8 +141,8 @@ class NormRoute(Route):
         """Of [rows, tokens, ...], with tensors [rows, 1, ...] in the place of its own."""
         found = functional.layer_norm(tokens.float(), module.normalized_shape, None, None, module.eps)
         weight, bias = (tensors.get(name, getattr(module, name)) for name in ("weight", "bias"))
-        found = found if weight is None else found * weight.float()
-        return found if bias is None else found + bias.float()
+        found = found if weight is None else found.mul_(weight)
+        return found if bias is None else found.add_(bias)
 
 
 class RmsNormRoute(NormRoute):
@@ -278,9 +271,11 @@ def _input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _index(work: Work, tensor: Any) -> Any:
-    """[G]: which mixture each group has, where `tensor` lies."""
-    return torch.as_tensor(work.mixture_of, device=tensor.device)
+def _index(work: Work, tensor: Any, of_mixtures: np.ndarray | None = None) -> Any:
+    """[G]: which mixture each group has, or what is given of that mixture; where `tensor` lies."""
+    return torch.as_tensor(
+        work.mixture_of if of_mixtures is None else of_mixtures[work.mixture_of], device=tensor.device
+    )
 
 
 def _device(args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -68,9 +68,11 @@ class Routing:
         experts = self._attachment.found.experts
         found = read_assignment(given, tuple(experts), copies)
         if (found.groups != found.groups[:1]).any():
-            used = [expert for e, expert in enumerate(experts.values()) if found.uses(e)]
+            used = [expert for expert, uses in zip(experts.values(), found.groups.any(axis=0), strict=True) if uses]
             names = {name for expert in used for name in expert.tensors}
-            problems = [f"{n}: one answer for the whole batch" for n in sorted(names) if any(k in n for k in FOR_ALL_ROWS)]
+            problems = [
+                f"{n}: one answer for the whole batch" for n in sorted(names) if any(k in n for k in FOR_ALL_ROWS)
+            ]
             if problems:
                 raise InputError(listed(problems, "Run such experts one after the other.", outcome="nothing was run"))
         return found
@@ -116,7 +118,7 @@ def make_routes(attachment: Any) -> list[tuple[Any, Route]]:
     for name, place in attachment.places.items():
         for module, attribute in place.owners:
             owner, path = inside.get(id(module), (module, ()))
-            names.setdefault(id(owner), (owner, {}))[1][*path, attribute] = name
+            names.setdefault(id(owner), (owner, {}))[1][(*path, attribute)] = name
     return [
         (module, route_for(attachment, module, f"{paths[key] or 'the model'} ({type(module).__name__})", own))
         for key, (module, own) in names.items()
