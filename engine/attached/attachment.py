@@ -165,8 +165,8 @@ class Attachment:
         Args:
             assignment: for each row an expert's name or index, None (-1), or a mapping of names to weights; or weights
                 [rows, experts]; or, for each token of each row, lists of lists or [rows, tokens, experts]; or a
-                callable that answers one of these for a batch, a dict of what the forward is called with (of a
-                generation, for its first step). A single name or None holds for all rows.
+                callable (a router of freemerge.routers) that answers one of these for a batch, a dict of what the
+                forward is called with (of a generation, for its first step). A single name or None holds for all rows.
             copies: how many rows the model makes of each (num_beams, num_return_sequences).
 
         Raises:
@@ -175,6 +175,8 @@ class Attachment:
         with self._lock.reading():
             if self.model.expert is not None:
                 raise InputError(f"expert {self.model.expert!r} is in place; call use_expert(None) before routing")
+            if hasattr(assignment, "bind"):  # a router of freemerge.routers, which a model makes into a callable
+                assignment = assignment.bind(self.model)
             with self._routing.run(assignment, copies):
                 yield
 

@@ -448,6 +448,45 @@ def test_a_bound_router_answers_for_batches_in_the_models_order(llama, monkeypat
     assert router.bind(llama)(batch) == router.assign(features(batch))
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_model_routed_by_a_router(llama, top_k):
+    features = LastHiddenMean(llama)
+    batch = batch_of(4, seed=5)
+    rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(3)]
+    examples = {name: features(row) for name, row in zip(EXPERTS, rows, strict=True)}
+    router = PrototypeRouter.fit(examples, top_k=top_k)
+    assignment = router.bind(llama)(batch)
+    with torch.no_grad(), llama.routed(assignment):
+        expected = llama(**batch).logits
+        written = llama.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with torch.no_grad(), llama.routed(router):
+        torch.testing.assert_close(llama(**batch).logits, expected, rtol=0, atol=0)
+        again = llama.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(again, written)
+    if top_k == 1:
+        assert assignment[:3] == list(EXPERTS)
+        with torch.no_grad():
+            assert not torch.equal(llama(**batch).logits, expected)
+
+
+def test_a_model_without_a_head_is_its_own_features(tmp_path):
+    for seed, name in enumerate(("base", *EXPERTS)):
+        whole = tiny_llama(seed, scale=0.1)
+        tensors = {name.removeprefix("model."): array for name, array in whole.items() if name != "lm_head.weight"}
+        write_checkpoint(tmp_path / name, tensors, config=tiny_llama_config(architectures=["LlamaModel"]))
+    sources = {name: tmp_path / name for name in EXPERTS}
+    freemerge.merge("free", base=tmp_path / "base", experts=sources, out=tmp_path / "out", density=0.1, fsync=False)
+    model = freemerge.load(tmp_path / "out")
+    features = LastHiddenMean(model)
+    batch = batch_of(3, seed=5)
+    router = PrototypeRouter.fit({name: features(batch_of(2, seed=row)) for row, name in enumerate(EXPERTS)})
+    assignment = router.bind(model)(batch)
+    with torch.no_grad(), model.routed(assignment):
+        expected = model(**batch).last_hidden_state
+    with torch.no_grad(), model.routed(router):
+        torch.testing.assert_close(model(**batch).last_hidden_state, expected, rtol=0, atol=0)
+
+
 def test_features_of_the_users_own():
     class Model(torch.nn.Module):
         experts = EXPERTS
