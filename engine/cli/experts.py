@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 
@@ -19,7 +20,7 @@ def list_command(
     merged: str = typer.Argument(..., help="A folder written by freemerge merge with experts."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """List the experts of a merged model.
+    """List the experts of a merged model, and its router.
 
     Example: freemerge experts list merged
     """
@@ -28,8 +29,20 @@ def list_command(
     experts = [asdict(expert) for expert in list_experts(merged)]
     if as_json:
         print_json(experts)
-    else:
-        print_table(experts)
+        return
+    print_table(experts)
+    _print_router(Path(merged))
+
+
+def _print_router(merged: Path) -> None:
+    from freemerge.routers.files import find_router, load_router
+
+    if find_router(merged) is None:
+        return
+    router = load_router(merged)
+    picks = {1: "picks one expert", None: "weighs all experts"}.get(router.top_k, f"weighs {router.top_k} experts")
+    alone = f", the backbone alone below a confidence of {router.threshold:.3g}" if router.threshold else ""
+    typer.echo(f"router: {router.kind}, {picks}{alone}")
 
 
 @app.command("apply")
