@@ -1,62 +1,26 @@
 """A batch whose rows use different experts gives what each row gives with its expert in place, within rounding."""
 
 import copy
-import math
 import threading
 
 import numpy as np
 import pytest
 import torch
 from merged_models import EXPERTS, merged_llama
+from parts_of_kinds import experts_for
 from torch import nn
 
 import freemerge
 from freemerge.attached.routes import EmbeddingRoute, LinearRoute, NormRoute, ReplayRoute, RmsNormRoute, route_for
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, InputError
-from freemerge.experts.memory import MemoryExpert
 from freemerge.kernels.array import BFLOAT16
-from freemerge.kernels.sparse_rows import sparse_rows
-from freemerge.parts import Difference, LowRank, Mask, Rows
-from freemerge.testing import random_array
 
 transformers = pytest.importorskip("transformers")
 
 ASSIGNMENT = ["a", None, "b", "a", "c", "b"]
 # two orders of summation in float32, over layers with activations of size 1 to 10
 F32 = {"rtol": 2e-4, "atol": 2e-4}
-
-
-def part_of_kind(kind, shape, seed, tensor):
-    """A change of about a tenth of the size of `tensor`."""
-    dense = random_array(shape, np.float32, seed, 0.3)
-    if kind in ("rows", "replace"):
-        rows = sparse_rows(None, dense, last=max(1, dense.size // 5))
-        start = rows.gather(np.asarray(tensor, np.float32)) * np.float32(0.9) if kind == "replace" else None
-        return Rows(rows.offsets, rows.columns, rows.values, shape, start)
-    if kind == "mask":
-        mask = np.packbits(np.random.default_rng(seed).random(dense.size) < 0.4, bitorder="little")
-        return Mask(mask, random_array(shape, np.float32, 99, 0.3), shape)
-    if kind == "low_rank" and len(shape) > 1:
-        height, width = math.prod(shape[:-1]), shape[-1]
-        return LowRank(
-            random_array((height, 2), np.float32, seed), random_array((2, width), np.float32, seed, 0.1), shape
-        )
-    return Difference(dense, shape)
-
-
-def experts_for(model, kind, names="abc"):
-    found, tensors = [], {value.data_ptr(): (name, value) for name, value in reversed(model.state_dict().items())}
-    for number, name in enumerate(names):
-        expert = MemoryExpert(name)
-        for i, (tensor, value) in enumerate(tensors.values()):
-            if value.is_floating_point() and (number + i) % 5:  # none has all tensors
-                array = value.float().numpy()
-                expert.write(tensor, part_of_kind(kind, tuple(value.shape), 100 * number + i, array))
-        mode = "replace" if kind == "replace" else "add"
-        expert.finish({"mode": mode, "backbone": "in memory"}, dict.fromkeys(expert.tensors, 0.5))
-        found.append(expert)
-    return found
 
 
 def attached(model, kind="rows"):
