@@ -62,6 +62,6 @@ def _options(
 
 def main() -> None:
     if sys.argv[1:] == ["methods"]:  # typer would import pydantic to read no parameters: longer than the answer takes
-        methods.command(None, as_json=False, markdown=False)
+        methods.print_list()
         return
     app(prog_name="freemerge")

@@ -24,17 +24,19 @@ def command(
         typer.echo(reference.page(), nl=False)
         return
     if name is None:
-        summaries = methods.summaries()
-        if as_json:
-            print_json(summaries)
-        else:
-            print_table({"method": name, "what it does": summary} for name, summary in summaries.items())
+        print_json(methods.summaries()) if as_json else print_list()
         return
     method = methods.get(name)
     if as_json:
         print_json(_described(method))
     else:
         _print(method)
+
+
+def print_list() -> None:
+    from freemerge import methods
+
+    print_table({"method": name, "what it does": summary} for name, summary in methods.summaries().items())
 
 
 def _described(method) -> dict:
