@@ -4,12 +4,12 @@ An assignment is either a list with an expert's name or None (the backbone alone
 weights, by which the experts' parts are summed; a row of zeros is the backbone alone.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from freemerge.attached.assignment import unknown
 from freemerge.checkpoint.torch_arrays import from_torch, is_torch
 from freemerge.errors import InputError
 
@@ -27,11 +27,6 @@ def checked_names(experts: Iterable[str]) -> tuple[str, ...]:
         what = f"{wrong[0]!r} is no name" if wrong else f"{', '.join(twice)} twice" if twice else "none given"
         raise InputError(f"experts of a router: {what}")
     return names
-
-
-def unknown_expert(name: object, experts: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), experts, n=1)
-    return f"no expert {name!r}: there are {', '.join(experts)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def choose(probabilities: np.ndarray, experts: Sequence[str], top_k: int | None, threshold: float) -> Assignment:
@@ -78,9 +73,9 @@ def checked_assignment(answer: Any, experts: Sequence[str], rows: int | None = N
     if isinstance(answer, (str, Mapping)) or not hasattr(answer, "__len__"):
         raise InputError(f"a router answers a name for each row or [rows, experts] weights, not {answer!r}")
     if len(answer) and not isinstance(answer, np.ndarray) and all(n is None or isinstance(n, str) for n in answer):
-        unknown = [name for name in answer if name is not None and name not in experts]
-        if unknown:
-            raise InputError(f"the router answered {unknown_expert(unknown[0], experts)}")
+        strange = [name for name in answer if name is not None and name not in experts]
+        if strange:
+            raise InputError(f"the router answered {unknown(strange[0], experts)}")
         found: Assignment = list(answer)
     else:
         found = _checked_weights(answer, experts)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from freemerge.attached.assignment import unknown
 from freemerge.checkpoint.torch_arrays import from_torch, is_torch
 from freemerge.errors import InputError
-from freemerge.routers.assignment import checked_names, shown_rows, unknown_expert
+from freemerge.routers.assignment import checked_names, shown_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def indices_of(labels: Iterable, experts: Sequence[str]) -> np.ndarray:
     for label in _plain(labels):
         index = -1 if label is None else places.get(label, label)
         if not isinstance(index, (int, np.integer)) or not (label is None or 0 <= index < len(experts)):
-            raise InputError(unknown_expert(label, experts))
+            raise InputError(unknown(label, experts))
         found.append(index)
     return np.array(found, np.int64)
 
