@@ -59,19 +59,18 @@ def sampled(array: Array) -> Array:
     return namespace(array).concatenate([flat[start : start + RUN] for start in starts])
 
 
-def sample(base: Array | None, experts: Sequence[Array], size: int, *, magnitudes: bool = True) -> np.ndarray:
-    """int64 [T, 1 + s]: the size of the tensor, and the keys of a sample of its task vectors.
-
-    Args:
-        base: what `sampled` has of it; None where the experts are task vectors themselves.
-        experts: likewise.
-    """
-    keys = [_keys(base, expert, magnitudes) for expert in experts]
-    return np.array([[size, *own] for own in keys], np.int64)
+def sample(base: Array, experts: Sequence[Array]) -> np.ndarray:
+    """int64 [T, 1 + s]: the size of the tensor, and the keys of a sample of its task vectors' magnitudes."""
+    start = sampled(base)
+    return keyed([task_vector(start, sampled(expert)) for expert in experts], numel(base))
 
 
-def _keys(base: Array | None, expert: Array, magnitudes: bool) -> np.ndarray:
-    values = task_vector(base, expert)
+def keyed(vectors: Sequence[Array], size: int, *, magnitudes: bool = True) -> np.ndarray:
+    """The same of T vectors that are samples already, of tensors of `size` entries."""
+    return np.array([[size, *_keys(task_vector(None, vector), magnitudes)] for vector in vectors], np.int64)
+
+
+def _keys(values: Array, magnitudes: bool) -> np.ndarray:
     values = values.cpu().numpy() if is_tensor(values) else values
     return keys_of(magnitude(None, values) if magnitudes else values)
 

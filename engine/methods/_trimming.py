@@ -17,7 +17,6 @@ from freemerge.methods._order_statistics import (
     no_counts,
     no_sample,
     sample,
-    sampled,
     sizes,
 )
 from freemerge.methods._task_vectors import add_update, namespace
@@ -36,7 +35,7 @@ class Trim:
 
 def measure_trim(base: Array, experts: Sequence[Array], settled: Search | None) -> np.ndarray:
     if settled is None:
-        return sample(sampled(base), [sampled(expert) for expert in experts], numel(base))
+        return sample(base, experts)
     if not settled.complete:
         return count(base, experts, settled)
     return np.array(sign_majority(base, experts, settled.values))

@@ -15,7 +15,7 @@ import numpy as np
 
 from freemerge.errors import RecipeError
 from freemerge.kernels.add_task_vectors import add_task_vectors
-from freemerge.kernels.array import Array, numel, task_vector
+from freemerge.kernels.array import Array, task_vector
 from freemerge.kernels.task_vector_statistics import task_vector_statistics
 from freemerge.methods import Patterns, TensorPlan, matches
 from freemerge.methods import _order_statistics as order_statistics
@@ -94,8 +94,7 @@ def measure_tensor(
     if not _is_merged(name, tuple(base.shape), include, exclude):
         return order_statistics.no_sample(len(experts)) if settled is None else order_statistics.no_counts(settled)
     if settled is None:
-        some = [order_statistics.sampled(array) for array in (base, *experts)]
-        return order_statistics.sample(some[0], some[1:], numel(base))
+        return order_statistics.sample(base, experts)
     return order_statistics.count(base, experts, settled)
 
 

@@ -100,13 +100,12 @@ def measure_tensor(
     if matches(name, exclude):
         return _measure_nothing(len(experts), settled)
     if settled is None:
-        some = [sampled(array) for array in (base, *experts)]
-        return order_statistics.sample(some[0], some[1:], numel(base))
+        return order_statistics.sample(base, experts)
     if not settled.magnitudes.complete:
         return order_statistics.count(base, experts, settled.magnitudes)
     if settled.scores is None:
         some = [sampled(array) for array in (base, *experts)]
-        return order_statistics.sample(None, _all_scores(some, settled, agreement), numel(base), magnitudes=False)
+        return order_statistics.keyed(_all_scores(some, settled, agreement), numel(base), magnitudes=False)
     found = _measure_nothing(len(experts), settled)
     for scores in _scores([base, *experts], settled, agreement):
         found[:, :-1] += order_statistics.count(None, scores, settled.scores)

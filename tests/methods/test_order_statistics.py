@@ -17,7 +17,7 @@ def search(vectors_of_tensors, ranks, magnitudes=True):
     samples = []
     for vectors in vectors_of_tensors:
         some = [order_statistics.sampled(vector) for vector in vectors]
-        samples.append(order_statistics.sample(None, some, numel(vectors[0]), magnitudes=magnitudes))
+        samples.append(order_statistics.keyed(some, numel(vectors[0]), magnitudes=magnitudes))
     found, sweeps = order_statistics.guessed(samples, ranks, magnitudes=magnitudes), 1
     while not found.complete:
         found = order_statistics.narrowed(
@@ -88,7 +88,7 @@ def test_a_misleading_sample(hidden):
 
 def test_tensors_that_are_left_out():
     vectors = [np.arange(10, dtype=np.float32), np.ones(10, np.float32)]
-    samples = [order_statistics.sample(None, vectors, 10), order_statistics.no_sample(2)]
+    samples = [order_statistics.keyed(vectors, 10), order_statistics.no_sample(2)]
     assert order_statistics.sizes(samples) == [10, 10]
     found = order_statistics.guessed(samples, [5, 5])
     counts = [order_statistics.count(None, vectors, found), order_statistics.no_counts(found)]
