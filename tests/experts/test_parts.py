@@ -62,7 +62,7 @@ def test_applied_is_its_definition(kind, dtype, shape):
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_runs_of_rows_are_the_same_as_the_whole(kind, monkeypatch):
-    monkeypatch.setattr("freemerge.parts.BLOCK", 64)
+    monkeypatch.setattr("freemerge.parts.low_rank.BLOCK", 64)
     part, array = part_of(kind, (50, 13)), random_array((50, 13), np.float16, 5)
     whole, out = poisoned((50, 13), np.float16), poisoned((50, 13), np.float16)
     part.apply(array, 1.5, out=whole)
