@@ -19,7 +19,7 @@ LAYERS = [
     ["kernels.array", "kernels.checks", "kernels.dispatch", "kernels"],
     [f"kernels.{op}" for op in OPS],
     ["kernels.triton", "kernels.cuda"],
-    ["methods", "parts", "checkpoint"],
+    ["methods", "parts", "top_k", "checkpoint"],
     ["experts.sidecar", "experts.apply", "experts.memory", "experts.routed_layer", "experts"],
     ["attached"],
     ["routers"],

@@ -1,5 +1,8 @@
 """A linear layer with experts and a gate that weighs them by input, as SMILE has it: what it computes, in NumPy.
 
+The reference, which the official code's numbers are compared with (tests/run_goldens.py), and the routed model
+(attached/gated.py).
+
 Source: arXiv:2408.10174; METHODS.md section 8.
 """
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from freemerge.kernels.array import Array
 from freemerge.parts import LowRank, Part
+from freemerge.top_k import keep_top_k
 
 
 class Routing(NamedTuple):
@@ -37,10 +41,7 @@ def route(inputs: Array, gate: Array, experts: int, top_k: int) -> Routing:
     logits = np.linalg.norm(along, axis=-1)
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities = powers / powers.sum(-1, keepdims=True)
-    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
-    weights = np.zeros_like(probabilities)
-    np.put_along_axis(weights, chosen, np.take_along_axis(probabilities, chosen, -1), -1)
-    return Routing(logits, probabilities, weights / weights.sum(-1, keepdims=True))
+    return Routing(logits, probabilities, keep_top_k(probabilities, top_k))
 
 
 def forward(

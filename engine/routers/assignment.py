@@ -12,6 +12,7 @@ import numpy as np
 from freemerge.attached.assignment import unknown
 from freemerge.checkpoint.torch_arrays import from_torch, is_torch
 from freemerge.errors import InputError
+from freemerge.top_k import keep_top_k
 
 Assignment: TypeAlias = "list[str | None] | np.ndarray"
 
@@ -42,10 +43,7 @@ def choose(probabilities: np.ndarray, experts: Sequence[str], top_k: int | None,
         return [experts[i] if keep else None for i, keep in zip(probabilities.argmax(axis=1), keeps, strict=True)]
     weights = np.where(keeps[:, None], probabilities, 0.0)
     if top_k is not None and top_k < len(experts):
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-        np.put_along_axis(weights, order[:, top_k:], 0.0, axis=1)
-        total = weights.sum(axis=1, keepdims=True)
-        weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        weights = keep_top_k(weights, top_k)
     return weights.astype(np.float32)
 
 
