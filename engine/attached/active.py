@@ -24,6 +24,7 @@ class Active:
     Args:
         assignment: what it is, or None where a router answers for each batch.
         router: (batch) -> what read_assignment takes; `copies` as there.
+        gates: what linear layers pick experts by, instead of an assignment.
         replaying: the module that is being run again for some rows; its own hook leaves it alone.
     """
 
@@ -33,8 +34,10 @@ class Active:
         *,
         router: Callable | None = None,
         copies: int = 1,
+        gates: Any = None,
         replaying: Any = None,
     ):
+        self.gates = gates
         self.router, self.copies, self.replaying = router, copies, replaying
         self._mine = threading.local()  # threads that share a context may run batches of their own
         self._fixed = None if assignment is None else Work(assignment)

@@ -158,6 +158,8 @@ class Attachment:
                 model(**batch)
             with model.routed(router), torch.inference_mode():    # router(batch) -> assignment
                 model.generate(**batch)
+            with model.routed(Gates()):                           # of `smile`: in each layer, each token picks its own
+                model.generate(**batch)
 
         Results equal those of each row run with its expert in place, within rounding. Experts cannot be switched
         meanwhile: other threads wait.
@@ -167,10 +169,12 @@ class Attachment:
                 [rows, experts]; or, for each token of each row, lists of lists or [rows, tokens, experts]; or a
                 callable (a router of freemerge.routers) that answers one of these for a batch, a dict of what the
                 forward is called with (of a generation, for its first step). A single name or None holds for all rows.
+                freemerge.routers.Gates leaves it to the gates of the linear layers.
             copies: how many rows the model makes of each (num_beams, num_return_sequences).
 
         Raises:
-            InputError: an unknown expert, a NaN, or (at the forward) another number of rows; an expert is in place.
+            InputError: an unknown expert, a NaN, or (at the forward) another number of rows; an expert is in place;
+                gates that are missing or do not fit.
         """
         with self._lock.reading():
             if self.model.expert is not None:

@@ -1,6 +1,6 @@
 """What follows from the model's weights and its experts together, worked out once for as long as the weights stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,16 @@ class Derived:
         if not isinstance(part, Rows) or part.start is None:
             return part, scale
         return self._while_it_stays(("part", expert, name), tensor, lambda: additive(part, scale, tensor))
+
+    def added(self, name: str, experts: Sequence[str]) -> Any:
+        """What each of `experts` adds to a vector, float32 [E, n], where it lies; zeros of one without a part."""
+        tensor = self._attachment.places[name].tensor.detach()
+        return self._while_it_stays(("added", name), tensor, lambda: self._stacked(name, tensor, experts))
+
+    def _stacked(self, name: str, vector: Any, experts: Sequence[str]) -> Any:
+        found, zero = self._attachment.found.experts, torch.zeros(vector.shape, device=vector.device)
+        parts = [[self.part(expert, name)] if name in found[expert].tensors else [] for expert in experts]
+        return torch.stack([changed(zero, own) if own else zero for own in parts])
 
     def mixed(self, name: str, work: Work) -> Any:
         """The tensor with each of the mixtures of experts there are; one alone as it is in place, to the bit.

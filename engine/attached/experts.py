@@ -1,7 +1,7 @@
 """The experts that can be attached to a model: read, checked, and each part brought to where it is needed."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from freemerge.attached.assignment import unknown
+from freemerge.attached.gates import GateSet, find_gates
 from freemerge.attached.in_place import as_host, moved
 from freemerge.checkpoint.checksum import checksum_file
 from freemerge.checkpoint.manifest import MANIFEST, read_manifest
+from freemerge.checkpoint.torch_arrays import as_tensor
 from freemerge.errors import CheckpointError, InputError, ShapeError, listed
 from freemerge.experts.sidecar import read_expert
 from freemerge.kernels.apply_sparse_rows import check_rows
@@ -28,11 +30,13 @@ class ExpertSet:
         label: where they are from, for messages.
         experts: each a sidecar.Expert or a memory.MemoryExpert.
         manifest: freemerge.json of the backbone, where there is one.
+        gates: what their layers have to pick them by, where they share some.
     """
 
     label: str
     experts: Mapping[str, Any]
     manifest: Mapping[str, Any] | None = None
+    gates: GateSet | None = None
     _on_devices: dict = field(default_factory=dict)
 
     @cached_property
@@ -52,7 +56,7 @@ class ExpertSet:
             raise CheckpointError(
                 listed(problems, "Merge models whose weights are tied as in this one.", outcome="nothing was changed")
             )
-        return ExpertSet(self.label, experts, self.manifest)
+        return ExpertSet(self.label, experts, self.manifest, self.gates and self.gates.renamed(to))
 
     def find(self, name: str) -> Any:
         """Raises InputError naming the nearest there is."""
@@ -65,6 +69,13 @@ class ExpertSet:
         key = expert, tensor_name, tensor.device
         if key not in self._on_devices:
             self._on_devices[key] = moved(self.experts[expert].tensors[tensor_name], tensor)
+        return self._on_devices[key]
+
+    def gate(self, tensor_name: str, tensor) -> Any:
+        """The gate of a layer's weight, a torch tensor where `tensor` lies."""
+        key = "gate", tensor_name, tensor.device
+        if key not in self._on_devices:
+            self._on_devices[key] = as_tensor(self.gates.arrays[tensor_name]).to(tensor.device)
         return self._on_devices[key]
 
 
@@ -154,7 +165,7 @@ def _checked(found: ExpertSet) -> ExpertSet:
         raise CheckpointError(
             listed(problems, "Attach the experts of one merge, as it wrote them.", outcome="nothing was changed")
         )
-    return found
+    return replace(found, gates=find_gates(found.experts))
 
 
 def _other_backbones(found: ExpertSet) -> list[str]:

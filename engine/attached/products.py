@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from freemerge.attached.in_place import as_array, as_host
-from freemerge.checkpoint.torch_arrays import placed_like, to_torch
+from freemerge.checkpoint.torch_arrays import as_tensor, placed_like, to_torch
 from freemerge.kernels.add_expert_products import multiply_experts
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 from freemerge.kernels.array import Array, SparseRows, column_dtype, dtype_of, empty, is_tensor, rows_of
-from freemerge.parts import LowRank, Part, Rows, apply_parts
+from freemerge.parts import Difference, LowRank, Part, Rows, apply_parts
 
 
 def add_linear(x: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weights: Array, *, transposed: bool) -> None:
@@ -44,6 +44,25 @@ def add_linear(x: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weigh
         out.copy_(total)
 
 
+def add_chosen(x: Any, total: Any, parts: Sequence[tuple[Part, float] | None], weights: Any) -> None:
+    """total[i] += sum over e of weights[i, e] * scale * (part e of x[i]); a part meets only tokens that weigh it.
+
+    Args:
+        x: float32 [n, width]; total: float32 or float64 [n, H], changed in place.
+        parts: E (part, scale), each [H, width], or None.
+        weights: float32 [n, E].
+    """
+    torch, chosen = sys.modules["torch"], weights.T
+    expert, token = chosen.nonzero(as_tuple=True)
+    counts = torch.bincount(expert, minlength=len(parts)).tolist()
+    shares = chosen[expert, token].split(counts)
+    for found, mine, share in zip(parts, token.split(counts), shares, strict=True):
+        if found is not None and len(mine):
+            part, scale = found
+            product = _product(x[mine], part, False) * (share * scale)[:, None]
+            total.index_add_(0, mine, product.to(total.dtype))
+
+
 def add_rows(ids: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weights: Array) -> None:
     """out[i] += sum over parts of weight * scale * (row ids[i] of the part).
 
@@ -63,11 +82,13 @@ def add_rows(ids: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weigh
 def add_part_rows(total: Any, mine: Any, ids: Any, part: Part, factors: Any) -> None:
     """total[mine[i]] += factors[i] * (row ids[i] of the part)."""
     if not isinstance(part, Rows):
-        chosen = dense(part)[ids] if not isinstance(part, LowRank) else _tensor(part.left)[ids] @ _tensor(part.right)
+        chosen = (
+            dense(part)[ids] if not isinstance(part, LowRank) else as_tensor(part.left)[ids] @ as_tensor(part.right)
+        )
         total.index_add_(0, mine, chosen * factors[:, None])
         return
     torch = sys.modules["torch"]
-    offsets = _tensor(part.offsets)
+    offsets = as_tensor(part.offsets)
     begin = offsets[ids]
     counts = offsets[ids + 1] - begin
     token = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
@@ -116,8 +137,10 @@ def turned(rows: Rows) -> Rows:
 
 
 def dense(part: Part) -> Any:
-    """The part alone, float32, as a tensor."""
+    """The part alone, float32, as a tensor that nobody may write to."""
     torch = sys.modules["torch"]
+    if isinstance(part, Difference):
+        return as_tensor(part.difference).view(tuple(part.shape))
     first = next(iter(part.arrays.values()))
     out = torch.zeros(tuple(part.shape), device=first.device if is_tensor(first) else "cpu")
     part.apply(as_array(out), 1.0, out=as_array(out))
@@ -127,7 +150,7 @@ def dense(part: Part) -> Any:
 def _product(x: Any, part: Part, transposed: bool) -> Any:
     if isinstance(part, LowRank):
         first, second = (part.left, part.right) if transposed else (part.right, part.left)
-        first, second = _tensor(first), _tensor(second)
+        first, second = as_tensor(first), as_tensor(second)
         return (x @ first) @ second if transposed else (x @ first.T) @ second.T
     matrix = dense(part)
     return x @ matrix if transposed else x @ matrix.T
@@ -140,18 +163,11 @@ def _float32(array: Array) -> Array:
 def _share(weights: Array, expert: int, n: int, device) -> tuple[Any, Any]:
     """The tokens that use an expert, and how much."""
     torch = sys.modules["torch"]
-    column = _tensor(weights[:, expert]).to(device)
+    column = as_tensor(weights[:, expert]).to(device)
     groups = column.nonzero()[:, 0]
     each = n // len(column)
     mine = (groups[:, None] * each + torch.arange(each, device=device)).reshape(-1)
     return mine, column[groups].repeat_interleave(each)
-
-
-def _tensor(array: Array) -> Any:
-    """As a tensor; a view of a mapped file, which is read-only, is copied."""
-    if is_tensor(array):
-        return array
-    return to_torch(array if array.flags.writeable else array.copy())
 
 
 def _taken(array: Array, index: Any) -> Any:

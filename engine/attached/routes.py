@@ -37,6 +37,9 @@ class Route(ABC):
 
     def __call__(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         active = STATES.get().get(id(self.attachment))
+        if active is not None and active.gates is not None:
+            gated = active.gates.answer(module, _input(args, kwargs), output)
+            return None if gated is None else _instead(output, gated)
         if active is None or active.work is None or active.replaying is module:
             return None
         if not any(self.parts(active.work, name) for name in self.names.values()):

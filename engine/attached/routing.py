@@ -10,6 +10,8 @@ from torch import nn
 
 from freemerge.attached.active import STATES, Active
 from freemerge.attached.assignment import Assignment, read_assignment
+from freemerge.attached.gated import GatedLayers
+from freemerge.attached.gates import Gates
 from freemerge.attached.routes import Route, route_for
 from freemerge.errors import InputError, listed
 
@@ -24,6 +26,7 @@ class Routing:
     def __init__(self, attachment: Any):
         self._attachment = attachment
         self._routes: list[tuple[Any, Route]] = []
+        self._gates: dict[int | None, GatedLayers] = {}
         self._hooks: list = []
         self._users = 0
         self._alone = threading.Lock()
@@ -31,7 +34,9 @@ class Routing:
     @contextmanager
     def run(self, assignment: Any, copies: int) -> Iterator[None]:
         """Forwards in this context (of this thread, and of what inherits its context variables) are routed."""
-        if callable(assignment):
+        if isinstance(assignment, Gates):
+            state = Active(None, gates=self._gated(assignment))
+        elif callable(assignment):
             state = Active(None, router=assignment, copies=copies)
         else:
             state = Active(self._read(assignment, copies))
@@ -46,7 +51,7 @@ class Routing:
     def begin_forward(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Of the whole model: ask the router, and compare the number of rows. Raises InputError."""
         state = STATES.get().get(id(self._attachment))
-        if state is None or state.replaying is not None:
+        if state is None or state.replaying is not None or state.gates is not None:
             return
         batch = _named(self._attachment.model, args, kwargs)
         if state.router is not None and not (state.work and _goes_on(batch)):
@@ -77,10 +82,20 @@ class Routing:
                 raise InputError(listed(problems, "Run such experts one after the other.", outcome="nothing was run"))
         return found
 
+    def _gated(self, gates: Gates) -> GatedLayers:
+        with self._alone:
+            self._make_routes()
+            if gates.top_k not in self._gates:
+                self._gates[gates.top_k] = GatedLayers(self._attachment, self._routes, gates)
+            return self._gates[gates.top_k]
+
+    def _make_routes(self) -> None:
+        if not self._routes:
+            self._routes = make_routes(self._attachment)
+
     def _enter(self) -> None:
         with self._alone:
-            if not self._routes:
-                self._routes = make_routes(self._attachment)
+            self._make_routes()
             if self._users == 0:
                 self._hooks = [m.register_forward_hook(route, with_kwargs=True) for m, route in self._routes]
             self._users += 1

@@ -51,6 +51,21 @@ def to_torch(array: np.ndarray):
     return torch.from_numpy(array)
 
 
+def as_tensor(array: Array):
+    """An array's memory as a tensor that nobody may write to, be it a mapped file; a tensor as it is."""
+    if is_tensor(array):
+        return array
+    return to_torch(array if array.flags.writeable else np.asarray(_Unlocked(array)))
+
+
+class _Unlocked:
+    """An array's memory without the note that it is read-only, which torch warns of."""
+
+    def __init__(self, array: np.ndarray):
+        pointer, _ = array.__array_interface__["data"]
+        self._array, self.__array_interface__ = array, array.__array_interface__ | {"data": (pointer, False)}
+
+
 def flat_bytes(array: Array) -> Array:
     """The bytes of a contiguous array or tensor, [nbytes] uint8, without a copy."""
     if not is_tensor(array):

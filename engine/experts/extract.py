@@ -1,5 +1,6 @@
 """Experts cut out while their backbone is made: parts as each tensor is finished, scales when all of them are known."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,8 @@ class Extraction:
         if self._shared is not None:
             known = {name: checksum for name, checksum in self._shared_checksums.items() if checksum}
             facts["shared"] = backbone_fingerprint(known) if known else IN_MEMORY
-            self._shared.finish({"method": self.plan.method.name, "fingerprint": facts["shared"]})
+            names = json.dumps([expert.name for expert in self.plan.recipe.experts], ensure_ascii=False)
+            self._shared.finish({"method": self.plan.method.name, "fingerprint": facts["shared"], "experts": names})
         for t, (expert, sidecar) in enumerate(zip(self.plan.recipe.experts, self._sidecars, strict=True)):
             statistics = [self._statistics[task.name][t] for task in self._tasks]
             mu = self._hook("expert_scale", 1.0, statistics)

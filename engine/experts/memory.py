@@ -13,8 +13,8 @@ from freemerge.parts import Layout, Part, apply_parts
 class MemoryExpert:
     """The same attributes and methods as sidecar.Expert, without a file; filled like a sidecar.SidecarWriter."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, shared: "MemoryShared | None" = None):
+        self.name, self.shared = name, shared
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Part] = {}
         self._scales: Mapping[str, float] = {}
@@ -41,13 +41,21 @@ class MemoryExpert:
 
 
 class MemoryShared(dict):
-    """What experts in memory share: tensor -> role -> array; filled like a sidecar.SharedWriter."""
+    """What experts in memory share: tensor -> role -> array; like a sidecar.Shared, filled like a SharedWriter."""
+
+    def __init__(self):
+        super().__init__()
+        self.metadata: dict[str, str] = {}
+
+    @property
+    def tensors(self) -> Mapping[str, Mapping[str, Array]]:
+        return self
 
     def write(self, name: str, arrays: Mapping[str, Array]) -> None:
         self[name] = dict(arrays)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """There is no file to finish."""
+        self.metadata = dict(metadata)
 
 
 class ExpertsInMemory:
@@ -58,7 +66,7 @@ class ExpertsInMemory:
         self.shared = MemoryShared()
 
     def open(self, name: str, layouts: Mapping[str, Layout]) -> MemoryExpert:
-        return self.experts.setdefault(name, MemoryExpert(name))
+        return self.experts.setdefault(name, MemoryExpert(name, self.shared))
 
     def open_shared(self, method: str, arrays: Mapping[str, Any]) -> MemoryShared:
         return self.shared

@@ -15,8 +15,8 @@ checkpoint.manifest says), whatever else the method notes (mu, density, ...), an
 {<tensor>: {"kind": ..., "shape": [...], "scale": number}}. Version 1 knew rows alone, and no "kind".
 
 What all experts of a method share is in `experts/shared/<method>.safetensors`: the same names, `vector/<tensor>` in the
-dtype of the backbone, say. Its metadata are format, version, method and fingerprint; each expert that needs it carries
-the same fingerprint as "shared".
+dtype of the backbone, say. Its metadata are format, version, method, fingerprint, and experts, a JSON list of their
+names in the order of the merge; each expert that needs it carries the same fingerprint as "shared".
 """
 
 import json

@@ -7,8 +7,10 @@ For each linear layer (weight W_t, bias b_t), D_t = W_t - W_0 = U_t S_t V_t^T:
     y = W_0 x + b_0 + sum p_t (P_t Q_t x + b_t - b_0)
 
 P_t Q_t and biases are in the experts; the gates of all experts, one below the other, are `gate/TENSOR` in
-`experts/shared/smile.safetensors`. freemerge.experts.routed_layer computes y. An expert applied to the backbone is its
-task's approximation. A direction whose singular value is at most 1e-6 of the largest is arbitrary and left zero.
+`experts/shared/smile.safetensors`. In a running model every layer computes y for each token in
+`with model.routed(freemerge.routers.Gates()):`, whose reference is freemerge.experts.routed_layer. An expert applied to
+the backbone is its task's approximation. A direction whose singular value is at most 1e-6 of the largest is arbitrary
+and left zero.
 """
 
 import math

@@ -11,6 +11,7 @@
 Source: FREE-Merging, arXiv:2411.16815; METHODS.md section 1.8.
 """
 
+from freemerge.attached.gates import Gates
 from freemerge.routers.calibration import Calibration
 from freemerge.routers.features import LastHiddenMean, collect_features
 from freemerge.routers.files import load_router
@@ -23,6 +24,7 @@ __all__ = [
     "BoundRouter",
     "Calibration",
     "FunctionRouter",
+    "Gates",
     "LastHiddenMean",
     "MlpRouter",
     "PrototypeRouter",

@@ -1,0 +1,114 @@
+"""`with model.routed(Gates()):` linear layers whose tokens pick their experts by the layer's gate.
+
+What it computes is written down in NumPy in freemerge.experts.routed_layer. Sums are float32 (float64 where the model
+is), rounded once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from freemerge.attached.gates import REMEDY, Gates, GateSet
+from freemerge.attached.products import add_chosen
+from freemerge.attached.routes import LinearRoute, Route
+from freemerge.errors import InputError, listed
+from freemerge.kernels.array import Array, is_tensor
+from freemerge.top_k import keep_top_k
+
+WEIGHT, BIAS = ("weight",), ("bias",)
+
+
+@dataclass(frozen=True)
+class GatedLinear:
+    """An nn.Linear whose tokens pick their experts.
+
+    Args:
+        attachment: whose experts these are.
+        weight, bias: the experts' names of its tensors; no bias where none of them changes it.
+    """
+
+    attachment: Any
+    weight: str
+    bias: str | None
+    top_k: int
+
+    def answer(self, x: Any, output: Any) -> Any:
+        """[..., H] like `output`, what the backbone makes of `x` [..., W]."""
+        found, derived = self.attachment.found, self.attachment.derived
+        tokens = x.detach().reshape(-1, x.shape[-1]).float()
+        lines = output.detach().reshape(-1, output.shape[-1])
+        total = lines.clone() if lines.dtype == torch.float64 else lines.float()
+        weights = gate_weights(tokens, found.gate(self.weight, output), len(found.gates.experts), self.top_k)
+        add_chosen(tokens, total, [self._part(expert) for expert in found.gates.experts], weights)
+        if self.bias:
+            total += weights @ derived.added(self.bias, found.gates.experts)
+        return total.to(output.dtype).view(output.shape)
+
+    def _part(self, expert: str) -> Any:
+        held = self.weight in self.attachment.found.experts[expert].tensors
+        return self.attachment.derived.part(expert, self.weight) if held else None
+
+
+def gate_weights(tokens: Any, gate: Any, experts: int, top_k: int) -> Any:
+    """[n, T]: the top_k of the softmax of how long each token [n, W] is in each expert's directions [T * r, W]."""
+    along = (tokens @ gate.T).view(len(tokens), experts, -1)
+    return keep_top_k(torch.linalg.vector_norm(along, dim=-1).softmax(-1), top_k)
+
+
+class GatedLayers:
+    """The linear layers of a model that have a gate. All other modules stay the backbone's, as in the official code.
+
+    Args:
+        routes: of every module with a tensor that an expert changes, see routing.make_routes.
+
+    Raises:
+        InputError: there are no gates, or they do not fit the model: all problems at once.
+    """
+
+    def __init__(self, attachment: Any, routes: Sequence[tuple[Any, Route]], gates: Gates):
+        found: GateSet | None = attachment.found.gates
+        if found is None:
+            raise InputError(f"{attachment.found.label}: these experts have no gates. {REMEDY}")
+        top_k = found.top_k_for(gates, attachment.found.experts)
+        problems = [problem for module, route in routes for problem in _problems(module, route, found)]
+        if problems:
+            raise InputError(listed(problems, REMEDY, outcome="nothing was run"))
+        self._layers = {
+            id(module): GatedLinear(attachment, route.names[WEIGHT], route.names.get(BIAS), top_k)
+            for module, route in routes
+            if route.names.get(WEIGHT) in found.arrays and _is_linear(module)
+        }
+
+    def answer(self, module: Any, x: Any, output: Any) -> Any:
+        """Instead of `output`, the backbone's; None for a module without a gate."""
+        layer = self._layers.get(id(module))
+        return None if layer is None else layer.answer(x, output)
+
+
+def _problems(module: Any, route: Route, found: GateSet) -> Iterator[str]:
+    for path, name in route.names.items():
+        owner = module.get_submodule(".".join(path[:-1]))
+        if not _is_linear(owner):
+            continue
+        gate = found.arrays.get(route.names.get((*path[:-1], "weight")))
+        if gate is None:
+            yield f"{name}: there is no gate of {route.label}"
+        elif not isinstance(route, LinearRoute) or not isinstance(module, nn.Linear):
+            yield f"{name}: a gate needs what its layer is given, which {route.label} does not show"
+        elif path == WEIGHT and (problem := _unfit(gate, len(found.experts), owner.in_features)):
+            yield f"the gate of {name}: {problem}"
+
+
+def _unfit(gate: Array, experts: int, width: int) -> str | None:
+    if len(gate.shape) != 2 or gate.shape[0] % experts or gate.shape[1] != width:
+        return f"{list(gate.shape)}, expected are [a multiple of {experts} experts, {width}]"
+    finite = gate.isfinite() if is_tensor(gate) else np.isfinite(gate)
+    return None if bool(finite.all()) else "NaN or Inf"
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
