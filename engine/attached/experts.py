@@ -11,13 +11,11 @@ import numpy as np
 from freemerge.attached.assignment import unknown
 from freemerge.attached.gates import GateSet, find_gates
 from freemerge.attached.in_place import as_host, moved
-from freemerge.checkpoint.checksum import checksum_file
-from freemerge.checkpoint.manifest import MANIFEST, read_manifest
+from freemerge.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from freemerge.checkpoint.torch_arrays import as_tensor
 from freemerge.errors import CheckpointError, InputError, ShapeError, listed
 from freemerge.experts.sidecar import read_expert
-from freemerge.kernels.apply_sparse_rows import check_rows
-from freemerge.parts import Part, Rows
+from freemerge.parts import Part
 
 FOLDER = "experts"
 
@@ -65,10 +63,10 @@ class ExpertSet:
         raise InputError(unknown(name, tuple(self.experts)))
 
     def part(self, expert: str, tensor_name: str, tensor) -> Part:
-        """What the expert holds of a tensor, where `tensor` lies; brought to a GPU once, when first asked for."""
+        """What the expert holds of a tensor, as ops take it, where `tensor` lies; made once, when first asked for."""
         key = expert, tensor_name, tensor.device
         if key not in self._on_devices:
-            self._on_devices[key] = moved(self.experts[expert].tensors[tensor_name], tensor)
+            self._on_devices[key] = moved(self.experts[expert].tensors[tensor_name], tensor).expanded()
         return self._on_devices[key]
 
     def gate(self, tensor_name: str, tensor) -> Any:
@@ -144,19 +142,8 @@ def _from_files(source: Path) -> ExpertSet:
 
 
 def _changed_files(paths: Sequence[Path], merged: Path, manifest: Mapping | None) -> list[str]:
-    """Files that are not what the manifest says was written."""
-    written = (manifest or {}).get("files", {})
     beside = [path.parent / "shared" / other.name for path in paths[:1] for other in path.parent.glob("shared/*")]
-    problems = []
-    for path in [*paths, *beside]:
-        facts = written.get(path.relative_to(merged).as_posix())
-        if facts is None:
-            continue
-        if path.stat().st_size != facts["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes, written as {facts['bytes']}")
-        elif checksum_file(path) != facts["checksum"]:
-            problems.append(f"{path}: not what was written (its checksum differs from {MANIFEST}'s)")
-    return problems
+    return changed_files(merged, manifest or {}, [*paths, *beside])
 
 
 def _checked(found: ExpertSet) -> ExpertSet:
@@ -195,8 +182,7 @@ def _broken_rows(experts: Mapping[str, Any]) -> Iterable[str]:
             scale = expert.scale(tensor)
             if not np.isfinite(scale):
                 yield f"{name}: {tensor} has the scale {scale}"
-            if isinstance(part, Rows):
-                try:
-                    check_rows(part, tuple(part.shape))
-                except ShapeError as error:
-                    yield f"{name}: {tensor}: {error}"
+            try:
+                part.check()
+            except ShapeError as error:
+                yield f"{name}: {tensor}: {error}"

@@ -6,9 +6,10 @@ directories.
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
@@ -148,6 +149,20 @@ def read_manifest(folder: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}, the one this freemerge reads")
     return manifest
+
+
+def changed_files(folder: Path, manifest: Mapping[str, Any], paths: Iterable[Path]) -> list[str]:
+    """What is wrong with those of the files in `folder` that are not as its manifest says they were written."""
+    problems = []
+    for path in paths:
+        facts = manifest.get("files", {}).get(path.relative_to(folder).as_posix())
+        if facts is None:
+            continue
+        if path.stat().st_size != facts["bytes"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, written as {facts['bytes']}")
+        elif checksum_file(path) != facts["checksum"]:
+            problems.append(f"{path}: not what was written (its checksum differs from {MANIFEST}'s)")
+    return problems
 
 
 def _encoded(manifest: Mapping[str, object]) -> bytes:

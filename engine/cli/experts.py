@@ -9,6 +9,7 @@ import typer
 from freemerge.cli.arguments import PARAMETER, parse_parameters
 from freemerge.cli.output import print_json, print_table, progress_bar
 from freemerge.errors import InputError
+from freemerge.sizes import readable_size
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, apply or extract the experts of a merged model."
@@ -24,13 +25,15 @@ def list_command(
 
     Example: freemerge experts list merged
     """
-    from freemerge.experts.apply import list_experts
+    from freemerge.experts.apply import list_experts, share_of_experts
 
     experts = [asdict(expert) for expert in list_experts(merged)]
     if as_json:
         print_json(experts)
         return
     print_table(experts)
+    nbytes, share = share_of_experts(merged)
+    typer.echo(f"together {readable_size(nbytes)}, {share:.2%} of the dense model")
     _print_router(Path(merged))
 
 
@@ -63,6 +66,32 @@ def apply_command(
 
     apply_expert(merged, _weights(experts), out, overwrite=overwrite, fsync=not no_fsync)
     typer.echo(f"{out}: {merged} with the expert {experts}")
+
+
+@app.command("compact")
+def compact_command(
+    merged: str = typer.Argument(..., help="A folder written by freemerge merge with experts."),
+    out: str = typer.Argument(..., metavar="OUT", help="The folder to write."),
+    values: str = typer.Option("int8", metavar="int8|float8", help="The dtype of values; float8 is e4m3."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is in OUT, once the result is complete."),
+    no_fsync: bool = typer.Option(False, "--no-fsync", help="Do not wait for the disk."),
+) -> None:
+    """Write the merged model with experts of half the size: values in 8 bits with a scale for each row.
+
+    Prints the error that this makes, in all sparse rows of an expert and in the worst of its tensors.
+
+    Example: freemerge experts compact merged merged-compact
+    """
+    from freemerge.experts.compact import compact_experts
+
+    experts = compact_experts(merged, out, values=values, overwrite=overwrite, fsync=not no_fsync)
+    if as_json:
+        print_json([asdict(expert) for expert in experts])
+        return
+    print_table(asdict(expert) for expert in experts)
+    before, after = (sum(getattr(e, key) for e in experts) for key in ("nbytes_before", "nbytes"))
+    typer.echo(f"{out}: {merged} with experts of {readable_size(after)} instead of {readable_size(before)}")
 
 
 @app.command("join")

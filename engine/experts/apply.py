@@ -23,7 +23,7 @@ from freemerge.errors import CheckpointError, InputError, ShapeError, listed
 from freemerge.experts.memory import check_addable
 from freemerge.experts.sidecar import Expert, read_expert
 from freemerge.kernels.array import rows_of
-from freemerge.parts import apply_parts
+from freemerge.parts import QuantizedRows, Rows, apply_parts
 
 Weighted: TypeAlias = tuple[Expert, float]
 
@@ -37,16 +37,19 @@ class ExpertSummary:
 
     Attributes:
         kinds: of its parts, and how many tensors have one: "rows 12, difference 3".
+        values: dtypes of the values of sparse rows; None where there are none.
         parameters: numbers it holds; of a mask one for each element.
         density: parameters as a share of the elements of the tensors it changes.
         nbytes, share: of its file; and as a share of the backbone's tensors.
         shared_nbytes: of what all experts share, which is there once.
         scales: the smallest and the largest.
+        error: of compact files, as compact.CompactedExpert has it.
     """
 
     name: str
     file: Path
     kinds: str
+    values: str | None
     tensors: int
     parameters: int
     density: float
@@ -55,13 +58,25 @@ class ExpertSummary:
     shared_nbytes: int
     mode: str
     scales: tuple[float, float]
+    error: float | None
 
 
 def list_experts(folder: str | os.PathLike) -> list[ExpertSummary]:
     """The experts of a merged model, by name. Raises CheckpointError for a file that is none."""
-    with open_result(folder) as backbone:
-        dense = sum(info.nbytes for info in backbone.tensors.values())
+    dense = dense_nbytes(folder)
     return [_summary(read_expert(path), dense) for path in sorted(Path(folder, FOLDER).glob("*.safetensors"))]
+
+
+def dense_nbytes(folder: str | os.PathLike) -> int:
+    """Of the tensors of a merged model without its experts."""
+    with open_result(folder) as backbone:
+        return sum(info.nbytes for info in backbone.tensors.values())
+
+
+def share_of_experts(folder: str | os.PathLike) -> tuple[int, float]:
+    """The bytes of all experts of a merged model, what they share counted once; and as a share of the backbone's."""
+    nbytes = sum(path.stat().st_size for path in Path(folder, FOLDER).rglob("*.safetensors"))
+    return nbytes, nbytes / max(1, dense_nbytes(folder))
 
 
 def _summary(expert: Expert, dense: int) -> ExpertSummary:
@@ -69,11 +84,13 @@ def _summary(expert: Expert, dense: int) -> ExpertSummary:
     kinds = Counter(part.kind for part in parts)
     parameters, elements = sum(part.parameters for part in parts), sum(math.prod(part.shape) for part in parts)
     scales = [expert.scale(name) for name in expert.tensors] or [1.0]
-    nbytes = expert.path.stat().st_size
+    dtypes = (part.values.dtype.name for part in parts if isinstance(part, (Rows, QuantizedRows)))
+    nbytes, error = expert.path.stat().st_size, expert.metadata.get("quantization_error")
     return ExpertSummary(
         name=expert.name,
         file=expert.path,
         kinds=", ".join(f"{kind} {count}" for kind, count in kinds.items()),
+        values=", ".join(dict.fromkeys(dtypes)) or None,
         tensors=len(expert.tensors),
         parameters=parameters,
         density=parameters / elements if elements else 0.0,
@@ -82,6 +99,7 @@ def _summary(expert: Expert, dense: int) -> ExpertSummary:
         shared_nbytes=expert.shared.path.stat().st_size if expert.shared else 0,
         mode=expert.mode,
         scales=(min(scales), max(scales)),
+        error=None if error is None else float(error),
     )
 
 
@@ -139,7 +157,7 @@ def apply_expert(
 
 
 def check_fits(expert: Expert, backbone: Checkpoint, fingerprint: str) -> None:
-    """Raise CheckpointError for an expert made for another backbone than the one of this fingerprint."""
+    """Raise CheckpointError for an expert that was damaged, or made for another backbone than that of `fingerprint`."""
     if expert.metadata["backbone"] != fingerprint:
         raise CheckpointError(
             f"{expert.path} belongs to the backbone {expert.metadata['backbone']}, this one is {fingerprint}; "
@@ -152,6 +170,12 @@ def check_fits(expert: Expert, backbone: Checkpoint, fingerprint: str) -> None:
             problems.append(f"{name}: in the expert, but not in the backbone")
         elif info.shape != part.shape:
             problems.append(f"{name}: {list(info.shape)} in the backbone, {list(part.shape)} in the expert")
+        if not math.isfinite(expert.scale(name)):
+            problems.append(f"{expert.path}: {name} has the scale {expert.scale(name)}; write the expert again")
+        try:
+            part.check()
+        except ShapeError as error:
+            problems.append(f"{expert.path}: {name}: {error}; write the expert again")
     if problems:
         raise CheckpointError(listed(problems, "Apply an expert to the merged model it was written with."))
 
@@ -198,11 +222,7 @@ def _tiles_with_experts(array: np.ndarray, chosen: Sequence[Weighted], name: str
             (expert.tensors[name].rows(first, first + len(block)), weight * expert.scale(name))
             for expert, weight in chosen
         ]
-        try:
-            apply_parts(block, parts, out=block)
-        except ShapeError as error:
-            file = ", ".join(str(expert.path) for expert, _ in chosen)
-            raise CheckpointError(f"{file}: {name}: {error}; write the expert again") from error
+        apply_parts(block, parts, out=block)
         yield first * width, block
 
 

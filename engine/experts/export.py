@@ -9,7 +9,6 @@ import numpy as np
 from freemerge.checkpoint.manifest import read_manifest
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.view import CheckpointView
-from freemerge.errors import CheckpointError
 from freemerge.experts.apply import check_fits, find_expert
 from freemerge.experts.lora import AdapterCut, ExtractedTensor, write_adapter
 from freemerge.experts.sidecar import Expert
@@ -86,10 +85,7 @@ class WithExpert(CheckpointView):
 
     def _applied(self, array: Array, name: str) -> Array:
         out = np.empty_like(array)
-        try:
-            self.expert.tensors[name].apply(array, self.expert.scale(name), out=out)
-        except ValueError as error:
-            raise CheckpointError(f"{self.expert.path}: {name}: {error}; write the expert again") from error
+        self.expert.tensors[name].apply(array, self.expert.scale(name), out=out)
         return out
 
 

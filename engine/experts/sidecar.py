@@ -2,17 +2,24 @@
 
 For each tensor that an expert changes, the arrays of its part (freemerge.parts), each named <role>/<tensor>:
 
-    rows        offsets/    I64 [rows + 1]; entries as compressed sparse rows (kernels.array.SparseRows)
-                columns/    U16 [n], or U32 where rows are longer than 65536
-                values/     F32 [n], not yet scaled
-                start/      [n] in the base's dtype, mode "replace" only: what the values are added to
-    mask        mask/       U8 [ceil(elements / 8)], one bit for each element, the lowest first
-    low_rank    left/       F32 [rows, r];    right/    F32 [r, width]
-    difference  difference/ F32, the tensor's shape
+    rows            offsets/     I64 [rows + 1]; entries as compressed sparse rows (kernels.array.SparseRows)
+                    columns/     U16 [n], or U32 where rows are longer than 65536
+                    values/      F32 [n], not yet scaled
+                    start/       [n] in the base's dtype, mode "replace" only: what the values are added to
+    quantized_rows  lengths/     U16 [rows], or U32 where rows are longer than 65535: entries in each row
+                    columns/     as above
+                    values/      I8 or F8_E4M3 [n]; times the row's scale they are those above
+                    row_scales/  F32 [rows]
+                    start/       as above; an entry of value 0 puts it there, too
+    mask            mask/        U8 [ceil(elements / 8)], one bit for each element, the lowest first
+    low_rank        left/        F32 [rows, r];    right/    F32 [r, width]
+    difference      difference/  F32, the tensor's shape
 
 Metadata are strings: format, version, expert, method, mode ("add" or "replace"), backbone (what backbone_fingerprint of
-checkpoint.manifest says), whatever else the method notes (mu, density, ...), and tensors, a JSON object:
-{<tensor>: {"kind": ..., "shape": [...], "scale": number}}. Version 1 knew rows alone, and no "kind".
+checkpoint.manifest says), whatever else the method notes (mu, density, ...), of quantized rows quantization_error and
+largest_quantization_error (see compact.CompactedExpert), and tensors, a JSON object:
+{<tensor>: {"kind": ..., "shape": [...], "scale": number}}. Version 1 knew rows alone, and no "kind"; files with
+quantized_rows are of version 3, all others of version 2.
 
 What all experts of a method share is in `experts/shared/<method>.safetensors`: the same names, `vector/<tensor>` in the
 dtype of the backbone, say. Its metadata are format, version, method, fingerprint, and experts, a JSON list of their
@@ -20,7 +27,7 @@ names in the order of the merge; each expert that needs it carries the same fing
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +43,7 @@ from freemerge.kernels.array import Array
 from freemerge.parts import KINDS, Arrays, Layout, Part
 
 FORMAT, SHARED_FORMAT = "freemerge-expert", "freemerge-shared"
-VERSION, READABLE = "2", ("1", "2")
+READABLE = ("1", "2", "3")
 SHARED = "shared"  # the folder, beside the experts
 _REQUIRED = ("expert", "method", "mode", "backbone")
 _WIDEST_SCALE = -1.2345678901234567e-300
@@ -130,7 +137,8 @@ class SidecarWriter:
         if missing:
             raise ValueError(f"an expert's metadata need {', '.join(missing)}")
         text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in sorted(metadata.items())}
-        self._file.finish({"format": FORMAT, "version": VERSION, **text, "tensors": self._tensors(scales)})
+        version = _version(layout.kind for layout in self._layouts.values())
+        self._file.finish({"format": FORMAT, "version": version, **text, "tensors": self._tensors(scales)})
 
 
 class SharedWriter(ArraysWriter):
@@ -140,7 +148,7 @@ class SharedWriter(ArraysWriter):
         super().__init__(path, arrays, widest={}, fsync=fsync)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        super().finish({"format": SHARED_FORMAT, "version": VERSION, **metadata})
+        super().finish({"format": SHARED_FORMAT, "version": _version(()), **metadata})
 
 
 class ExpertFolder:
@@ -154,6 +162,11 @@ class ExpertFolder:
 
     def open_shared(self, method: str, arrays: Mapping[str, Arrays]) -> SharedWriter:
         return SharedWriter(self._folder / SHARED / f"{method}.safetensors", arrays, fsync=self._fsync)
+
+
+def _version(kinds: Iterable[str]) -> str:
+    """The lowest that knows parts of these kinds, so that a freemerge before reads what it can."""
+    return "3" if "quantized_rows" in kinds else "2"
 
 
 def _checksum(arrays: Sequence[Array]) -> str:
@@ -252,10 +265,14 @@ def _problems(header: Header) -> list[str]:
     if metadata.get("format") != FORMAT:
         return ["not an expert of freemerge, or one that was never finished"]
     if metadata.get("version") not in READABLE:
-        return [f"format version {metadata.get('version')}; this freemerge reads versions {' and '.join(READABLE)}"]
+        return [f"format version {metadata.get('version')}; this freemerge reads versions {', '.join(READABLE)}"]
     problems = [f"metadata lack {key}" for key in _REQUIRED if key not in metadata]
     if metadata.get("mode") not in ("add", "replace"):
         problems.append(f"mode is {metadata.get('mode')!r}, not add or replace")
+    try:
+        float(metadata.get("quantization_error", 0))
+    except ValueError:
+        problems.append(f"quantization_error is {metadata['quantization_error']!r}, not a number")
     try:
         facts = json.loads(metadata["tensors"])
         expected = {
@@ -277,7 +294,8 @@ def _tensor_problems(name: str, kind: str, shape: tuple[int, ...], header: Heade
         expected = KINDS[kind].suggested(shape, found).arrays
     except (KeyError, ValueError, IndexError):
         return [f"{name} is of the kind {kind}, but its arrays {', '.join(KINDS[kind].roles)} are missing or odd"]
-    problems = [f"start/{name} is missing"] if kind == "rows" and mode == "replace" and "start" not in found else []
+    replaces = mode == "replace" and "start" in KINDS[kind].roles
+    problems = [f"start/{name} is missing"] if replaces and "start" not in found else []
     for role, (dtype, dimensions) in expected.items():
         if role not in found:
             problems.append(f"{role}/{name} is missing")

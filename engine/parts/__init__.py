@@ -1,9 +1,10 @@
 """What an expert holds of one tensor: a part of one kind, which applies itself to the tensor. Arrays alone, no files.
 
-    rows        sparse entries, added to the tensor or put in the place of what it holds there
-    mask        one bit an entry: where a vector that all experts share is added
-    low_rank    a product of two narrow matrices, added
-    difference  as many numbers as the tensor has, added
+    rows            sparse entries, added to the tensor or put in the place of what it holds there
+    quantized_rows  the same with values of 8 bits
+    mask            one bit an entry: where a vector that all experts share is added
+    low_rank        a product of two narrow matrices, added
+    difference      as many numbers as the tensor has, added
 
 A part is applied with a scale: out = round( tensor + scale * part ). The product is float32, the sum too, or float64
 where the tensor is; one rounding.
@@ -20,11 +21,24 @@ from freemerge.parts.difference import Difference
 from freemerge.parts.low_rank import LowRank
 from freemerge.parts.mask import Mask
 from freemerge.parts.part import Arrays, Layout, Part
+from freemerge.parts.quantized_rows import QuantizedRows
 from freemerge.parts.rows import Rows
 
-__all__ = ["KINDS", "Arrays", "Cut", "Difference", "Layout", "LowRank", "Mask", "Part", "Rows", "apply_parts"]
+__all__ = [
+    "KINDS",
+    "Arrays",
+    "Cut",
+    "Difference",
+    "Layout",
+    "LowRank",
+    "Mask",
+    "Part",
+    "QuantizedRows",
+    "Rows",
+    "apply_parts",
+]
 
-KINDS: Mapping[str, type[Part]] = {kind.kind: kind for kind in (Rows, Mask, LowRank, Difference)}
+KINDS: Mapping[str, type[Part]] = {kind.kind: kind for kind in (Rows, QuantizedRows, Mask, LowRank, Difference)}
 
 
 @dataclass(frozen=True)

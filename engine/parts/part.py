@@ -69,6 +69,13 @@ class Part:
         """Rows first ... last - 1 (slices along the last dimension) as a part of their own; `first` as `grain` says."""
         raise NotImplementedError
 
+    def expanded(self) -> "Part":
+        """The part in the dtypes that ops take; itself where it has them."""
+        return self
+
+    def check(self) -> None:
+        """Raise ShapeError where its arrays, on the host, are not what they claim to be."""
+
     def apply(self, array: Array, scale: float, *, out: Array) -> None:
         """Write `array`, of the part's shape, with the part put in; `out` may be `array`. Raises ShapeError."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
+from freemerge.kernels.apply_sparse_rows import apply_sparse_rows, check_rows
 from freemerge.kernels.array import Array, SparseRows, column_dtype, rows_of
 from freemerge.parts.part import Arrays, Layout, Part
 
@@ -50,6 +50,9 @@ class Rows(SparseRows, Part):
         start = None if self.start is None else self.start[entries]
         shape = (last - first, rows_of(self.shape)[1])
         return Rows(offsets - offsets[0], self.columns[entries], self.values[entries], shape, start)
+
+    def check(self) -> None:
+        check_rows(self, tuple(self.shape))
 
     def apply(self, array: Array, scale: float, *, out: Array) -> None:
         apply_sparse_rows(array, self, scale, start=self.start, out=out)

@@ -255,7 +255,7 @@ def test_info_names_every_op_and_why(monkeypatch):
 
 
 def test_every_command_has_help_and_an_example():
-    experts = [f"experts {name}" for name in ("list", "apply", "export", "extract", "join")]
+    experts = [f"experts {name}" for name in ("list", "apply", "compact", "export", "extract", "join")]
     for name in ["merge", "methods", "inspect", "verify", "info", *experts]:
         text = run(*name.split(), "--help").stdout
         assert f"freemerge {name}" in text.partition("Options")[0].partition("\n")[2], name

@@ -7,7 +7,7 @@ from freemerge.errors import ShapeError
 from freemerge.kernels._masks import pack_mask
 from freemerge.kernels.array import FLOATS, store
 from freemerge.kernels.sparse_rows import sparse_rows
-from freemerge.parts import KINDS, Cut, Difference, LowRank, Mask, Rows, apply_parts
+from freemerge.parts import KINDS, Cut, Difference, LowRank, Mask, QuantizedRows, Rows, apply_parts
 from freemerge.testing import poisoned, random_array
 
 SHAPES = [(9, 13), (40,), (3, 2, 5), (), (0, 4), (1, 3)]
@@ -18,6 +18,8 @@ def part_of(kind, shape, seed=0):
     vector = random_array(shape, np.float32, seed)
     if kind == "rows":
         return Rows.cut(sparse_rows(None, vector, last=vector.size // 3))
+    if kind == "quantized_rows":
+        return QuantizedRows.quantized(part_of("rows", shape, seed), np.dtype(np.int8))
     if kind == "mask":
         return Mask(pack_mask(np.random.default_rng(seed).random(shape) < 0.5), vector, shape)
     if kind == "difference":
@@ -30,6 +32,13 @@ def dense(part):
     """The part as float32 numbers, by its definition."""
     if part.kind == "rows":
         return part.to_dense()
+    if part.kind == "quantized_rows":
+        out = np.zeros((len(part.lengths), part.shape[-1] if part.shape else 1), np.float32)
+        begin = 0
+        for row, length in enumerate(part.lengths):
+            entries = slice(begin, begin := begin + int(length))
+            out[row, part.columns[entries]] = part.values[entries].astype(np.float32) * part.row_scales[row]
+        return out.reshape(part.shape)
     if part.kind == "mask":
         bits = np.unpackbits(part.mask, count=part.vector.size, bitorder="little").reshape(part.shape)
         return np.where(bits, part.vector, np.float32(0))
@@ -105,7 +114,9 @@ def test_another_shape_is_refused(kind):
         part_of(kind, (9, 13)).apply(array, 1.0, out=array)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("rows", 39), ("mask", 117), ("low_rank", 66), ("difference", 117)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("rows", 39), ("quantized_rows", 39), ("mask", 117), ("low_rank", 66), ("difference", 117)]
+)
 def test_parameters(kind, count):
     assert part_of(kind, (9, 13)).parameters == count
 

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from freemerge.errors import CheckpointError, OutputError
 from freemerge.experts.sidecar import ExpertFolder, SidecarWriter, read_expert
-from freemerge.kernels.array import BFLOAT16, column_dtype, rows_of
-from freemerge.parts import Difference, LowRank, Mask, Rows
+from freemerge.kernels.array import BFLOAT16, FLOAT8_E4M3FN, column_dtype, rows_of
+from freemerge.parts import Difference, LowRank, Mask, QuantizedRows, Rows
 from freemerge.testing import write_safetensors
 
 METADATA = {"expert": "math", "method": "free", "mode": "add", "backbone": "0" * 32}
@@ -70,6 +70,8 @@ def parts_of_every_kind(shape=(5, 7)):
     mask = np.packbits(rng.random(shape) < 0.5, bitorder="little")
     return {
         "rows": random_rows(shape, 0),
+        "int8": QuantizedRows.quantized(random_rows(shape, 1), np.dtype(np.int8)),
+        "float8": QuantizedRows.quantized(random_rows(shape, 2, start=np.float32), FLOAT8_E4M3FN),
         "mask": Mask(mask, vector, shape),
         "low rank": LowRank(numbers(shape[0], 2), numbers(2, shape[1]), shape),
         "difference": Difference(numbers(*shape), shape),
@@ -182,7 +184,7 @@ def damaged(**changes):
     ("changes", "said"),
     [
         ({"format": "other"}, "not an expert"),
-        ({"version": "3"}, "format version 3; this freemerge reads versions 1 and 2"),
+        ({"version": "4"}, "format version 4; this freemerge reads versions 1, 2, 3"),
         ({"backbone": None}, "lack backbone"),
         ({"mode": "xor"}, "'xor', not add or replace"),
         ({"mode": "replace"}, "start/a is missing"),
@@ -192,7 +194,10 @@ def damaged(**changes):
         ({"tensors": '{"b":{"shape":[5,6],"scale":1}}'}, "b is of the kind rows, but its arrays .* are missing"),
         ({"tensors": '{"a":{"kind":"mask","shape":[5,6],"scale":1}}'}, "a is of the kind mask, but its arrays mask"),
         ({"tensors": '{"a":{"kind":"low_rank","shape":[5,6],"scale":1}}'}, "left, right are missing"),
-        ({"tensors": '{"a":{"kind":"wavelet","shape":[5,6],"scale":1}}'}, "'wavelet'; this freemerge reads rows, mask"),
+        (
+            {"tensors": '{"a":{"kind":"wavelet","shape":[5,6],"scale":1}}'},
+            "'wavelet'; this freemerge reads rows, quantized_rows, mask",
+        ),
         ({"tensors": '{"a":{"shape":[4,6],"scale":1}}'}, "offsets/a is int64"),
         ({"columns": None}, "columns/a is missing"),
         ({"columns": np.zeros(3, np.uint16)}, "columns/a is uint16"),

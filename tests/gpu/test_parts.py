@@ -6,9 +6,9 @@ import pytest
 from freemerge import methods
 from freemerge.checkpoint.torch_arrays import placed_like
 from freemerge.kernels._masks import pack_mask
-from freemerge.kernels.array import BFLOAT16, dtype_of, is_tensor
+from freemerge.kernels.array import BFLOAT16, FLOAT8_E4M3FN, dtype_of, is_tensor
 from freemerge.kernels.sparse_rows import sparse_rows
-from freemerge.parts import Difference, LowRank, Mask, Rows, apply_parts
+from freemerge.parts import Difference, LowRank, Mask, QuantizedRows, Rows, apply_parts
 from freemerge.testing import from_gpu, poisoned, random_array, to_gpu
 
 SHAPE = (40, 24)
@@ -18,13 +18,17 @@ def parts():
     vector, numbers = random_array(SHAPE, np.float32, 1), np.random.default_rng(0)
     return {
         "rows": Rows.cut(sparse_rows(None, vector, last=99)),
+        "replaced": QuantizedRows.quantized(Rows.cut(sparse_rows(None, vector, last=99), vector), np.dtype(np.int8)),
+        "float8": QuantizedRows.quantized(Rows.cut(sparse_rows(None, vector, last=99)), FLOAT8_E4M3FN),
         "mask": Mask(pack_mask(numbers.random(SHAPE) < 0.5), vector, SHAPE),
         "low_rank": LowRank(random_array((40, 3), np.float32, 2), random_array((3, 24), np.float32, 3), SHAPE),
         "difference": Difference(vector, SHAPE),
     }
 
 
-@pytest.mark.parametrize("kinds", [["rows"], ["mask"], ["low_rank"], ["difference"], list(parts())], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [*([kind] for kind in parts()), [kind for kind in parts() if kind != "replaced"]], ids=str
+)
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16], ids=str)
 def test_applied_to_tensors_as_to_arrays(kinds, dtype):
     array, weighted = random_array(SHAPE, dtype, 5), [(parts()[kind], 0.3 * (1 + i)) for i, kind in enumerate(kinds)]
