@@ -99,7 +99,9 @@ What is published is a backbone, a plain checkpoint, with an expert for each mod
 each tensor an expert holds a part: sparse rows (as those of `free`), a mask of a vector that all experts share (kept
 once, in `experts/shared/METHOD.safetensors`), a low-rank product, or a difference. `freemerge experts list` says what
 they are and how large; `freemerge experts apply MERGED math OUT` writes the backbone with one in it,
-`freemerge experts apply MERGED math=0.7,code=0.3 OUT` with a weighted sum, as a router's probabilities ask for.""",
+`freemerge experts apply MERGED math=0.7,code=0.3 OUT` with a weighted sum, as a router's probabilities ask for.
+`freemerge experts compact MERGED OUT` makes sparse experts half as large, with values of 8 bits
+([experts.md](experts.md#sizes)).""",
     "Angles": """\
 Norms and dot products of all pairs are measured in one pass, in float64; the method works on these few numbers and
 ends in one weighted sum.""",

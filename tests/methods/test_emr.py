@@ -8,7 +8,7 @@ from freemerge import merge_state_dicts
 from freemerge.checkpoint.reader import open_checkpoint
 from freemerge.checkpoint.verify import verify
 from freemerge.errors import CheckpointError
-from freemerge.experts.apply import apply_expert, list_experts
+from freemerge.experts.apply import apply_expert, list_experts, share_of_experts
 from freemerge.experts.sidecar import read_expert
 from freemerge.kernels._masks import unpack_mask
 from freemerge.kernels.array import BFLOAT16, store
@@ -124,6 +124,9 @@ def test_on_disk_it_is_the_same_as_in_memory(models, tmp_path):
     in_memory = merge_state_dicts("emr", tensors[0], dict(zip(("math", "code"), tensors[1:], strict=True)))
     assert not verify(out).problems
     assert [summary.kinds for summary in list_experts(out)] == [f"mask {len(tensors[0])}"] * 2
+    files = [out / "experts" / name for name in ("math.safetensors", "code.safetensors", "shared/emr.safetensors")]
+    nbytes = sum(file.stat().st_size for file in files)  # the vector, which both share, once
+    assert share_of_experts(out) == (nbytes, nbytes / sum(array.nbytes for array in tensors[0].values()))
     assert read_expert(out / "experts" / "math.safetensors").metadata["means"] == "per_tensor"
     for experts_given, expected in [
         ("math", in_memory.experts[0].apply(in_memory)),
