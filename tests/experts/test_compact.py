@@ -279,12 +279,22 @@ def cast(name, dtype):
     return change
 
 
+def scaled(name, scale):
+    def change(tensors, metadata):
+        facts = json.loads(metadata["tensors"])
+        facts[name]["scale"] = scale
+        metadata["tensors"] = json.dumps(facts)
+
+    return change
+
+
 NORM = "model.norm.weight"
 DAMAGES = [
     (put(f"row_scales/{NORM}", 0, -1), rf"{NORM}: the scale of row 0 is -1.0, not a finite number of 0 or more"),
     (put(f"row_scales/{NORM}", 0, np.nan), rf"{NORM}: the scale of row 0 is nan"),
     (put(f"lengths/{NORM}", 0, 40_000), rf"{NORM}: lengths lead to 40000 entries"),
     (put(f"columns/{NORM}", 0, 999), rf"{NORM}: column 999 in rows 48 long"),
+    (scaled(NORM, np.nan), rf"{NORM} has the scale nan"),
     (cast(f"values/{NORM}", np.float16), rf"values/{NORM} is float16 \[4\], not int8 \[4\]"),
     (cast(f"values/{NORM}", np.uint8), rf"values/{NORM} is uint8"),
     (cast(f"row_scales/{NORM}", BFLOAT16), rf"row_scales/{NORM} is bfloat16"),
