@@ -12,7 +12,7 @@ namespace FREEMERGE_ISA {
 
 constexpr std::size_t ENTRIES = 16384;  // the unit threads share
 
-constexpr std::size_t GROUP = 256;      // entries at a time: their lines of cache, and those of the next, stay in its first level
+constexpr std::size_t GROUP = 128;      // entries at a time: their lines of cache, and those of the next, fill half of its first level
 
 struct Gathered {
   alignas(64) unsigned char bytes[GROUP * 8];
@@ -54,6 +54,7 @@ inline void find_entries(const SparseSource& sparse, std::size_t first, std::siz
 template <class Element>
 inline void fetch(const void* array, const std::size_t* index, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) __builtin_prefetch(static_cast<const Element*>(array) + index[i], 1);
+  asm volatile("");  // else GCC holds a function of nothing but prefetches to have no effect, and leaves out the call
 }
 
 // Call body(first, n, index) for all entries, a few at a time: `n` entries from `first` on, and where each lies in the array.
