@@ -4,6 +4,7 @@
 #include <map>
 #include <vector>
 
+#include "freemerge/openmp.h"
 #include "freemerge/scratch.h"
 #include "freemerge/simd.h"
 #include "freemerge/threads.h"
@@ -181,7 +182,7 @@ void add_expert_products(const Source& x, const SparseSource* experts, const flo
     const std::size_t first = std::min(rows, unit % parts * blocks * BLOCK), end = std::min(rows, first + blocks * BLOCK);
     (tokens.count == 1 ? multiply<1> : tokens.count <= FEW ? multiply<FEW> : tokens.count <= MANY ? multiply<MANY> : multiply<MOST>)(products, tokens, first, end);
   };
-  if (work > WORTH_SHARING) return parallel_for(tiles.size() * parts, run);
+  if (work > WORTH_SHARING) return parallel_with_torch(tiles.size() * parts, run);
   for (std::size_t unit = 0; unit < tiles.size() * parts; ++unit) run(unit);
 }
 
