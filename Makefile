@@ -35,6 +35,7 @@ demo: build
 
 bench: build
 	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/ops.json
 
 # On a machine with a GPU: nothing is fetched, $(PYTHON) has torch, triton, cupy and pybind11 already. The tests compile

@@ -1,12 +1,12 @@
-"""Models with experts of random entries, for benchmarks: made in memory, fast."""
+"""Experts of random entries, for benchmarks: made fast."""
 
 import math
+from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from freemerge.experts.memory import MemoryExpert
+from freemerge.experts.sidecar import SidecarWriter
 from freemerge.kernels.array import column_dtype, rows_of
 from freemerge.parts import Rows
 
@@ -33,16 +33,12 @@ def random_expert(name: str, shapes: dict[str, tuple[int, ...]], density: float,
     return expert
 
 
-class Bare(nn.Module):
-    """Parameters of these names and nothing else."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        super().__init__()
-        for name, tensor in tensors.items():
-            *path, last = name.split(".")
-            module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module._modules[part]
-            module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+def write_expert(path: Path, shapes: dict[str, tuple[int, ...]], density: float, seed: int) -> Path:
+    """The same in a file."""
+    expert = random_expert(path.stem, shapes, density, seed)
+    writer = SidecarWriter(path, {name: part.layout for name, part in expert.tensors.items()}, fsync=False)
+    for name, part in expert.tensors.items():
+        writer.write(name, part)
+    writer.finish({**expert.metadata, "expert": path.stem, "method": "random"}, 5.0)
+    writer.close()
+    return path

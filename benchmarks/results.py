@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,14 @@ class Row:
     notes: str
 
 
-COLUMNS = [field.name for field in fields(Row)]
-
-
-def append(path: Path, row: Row) -> None:
+def append(path: Path, row: Any) -> None:
+    """Of any dataclass of strings; one file holds rows of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if fresh:
-            writer.writerow(COLUMNS)
+            writer.writerow([field.name for field in fields(row)])
         writer.writerow(astuple(row))
 
 

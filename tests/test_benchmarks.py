@@ -276,3 +276,54 @@ def test_the_recipe_says_what_both_tools_do(compare, tmp_path):
     assert recipe["base_model"] == str(model.base)
     assert recipe["parameters"] == {"weight": 0.3}
     assert [entry["model"] for entry in recipe["models"]] == list(map(str, model.experts))
+
+
+@pytest.fixture
+def experts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import experts
+
+    monkeypatch.setattr(experts, "ROUNDS", 1)
+    return experts
+
+
+def tiny_bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    return transformers.BertModel(config, add_pooling_layer=False).eval()
+
+
+def test_a_mixed_batch_is_right_before_it_is_timed(experts, monkeypatch, tmp_path):
+    found = experts.mixed_batch(tiny_bert(), 2, tmp_path)
+    assert set(found) == {"dense", "routed", "switched", "swapped"}
+    assert all(milliseconds > 0 for milliseconds in found.values())
+
+    import attached_models
+    from freemerge.experts.memory import MemoryExpert
+
+    monkeypatch.setattr(MemoryExpert, "scale", lambda expert, name: len(expert.tensors) * next(scales))
+    scales = iter(range(1, 10**6))  # another one each time somebody asks
+    assert attached_models.random_expert("e", {"a": (40, 40)}, 0.1, 0).scale("a") == 1
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        experts.mixed_batch(tiny_bert(), 2, tmp_path)
+
+
+def test_memory_of_experts_is_held_against_their_files(experts, tmp_path):
+    found = experts.memory(tiny_bert(), tmp_path)
+    files = [path.stat().st_size for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert found["their files"] == pytest.approx(sum(files[1:]) / 1e6)
+    ((what, bar, measured, verdict),) = experts.judge("encoder_memory", {"held for 7 more": 3.0, "their files": 2.0})
+    assert (what, bar, measured) == ("encoder_memory of an expert", "<= 1.05 x its file", "1.50 x its file")
+    assert verdict.startswith("missed")
+
+
+def test_switching_and_batches_have_their_bars(experts):
+    switched = {"file read": 1000, "expert put in place": 20, "changed for another": 60, "taken out": 10}
+    assert [row[-1] for row in experts.judge("switch", switched)] == ["met", "missed: 2.00 of the bar", "met"]
+    batch = {"dense": 100, "routed": 120, "switched": 400, "swapped": 600}
+    assert [row[2:] for row in experts.judge("encoder_batch", batch)] == [
+        ("1.20 x dense", "met"),
+        ("5.0 x faster than swapped models", "met"),
+    ]
