@@ -11,7 +11,7 @@ import numpy as np
 
 from freemerge.attached.assignment import Assignment
 from freemerge.attached.in_place import on_host
-from freemerge.checkpoint.torch_arrays import to_torch
+from freemerge.checkpoint.torch_arrays import is_torch, to_torch
 from freemerge.kernels.array import Array
 
 # Attachment (by id) -> its state, for the code that runs in a `with model.routed(...)`: other threads see their own
@@ -25,7 +25,7 @@ class Active:
         assignment: what it is, or None where a router answers for each batch.
         router: (batch) -> what read_assignment takes; `copies` as there.
         gates: what linear layers pick experts by, instead of an assignment.
-        replaying: the module that is being run again for some rows; its own hook leaves it alone.
+        replaying: routes of the module that is being run again for some rows, which leave it alone.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Active:
         router: Callable | None = None,
         copies: int = 1,
         gates: Any = None,
-        replaying: Any = None,
+        replaying: frozenset = frozenset(),
     ):
         self.gates = gates
         self.router, self.copies, self.replaying = router, copies, replaying
@@ -44,10 +44,29 @@ class Active:
 
     @property
     def work(self) -> "Work | None":
-        return self._fixed or getattr(self._mine, "work", None)
+        return getattr(self._mine, "encoding", None) or self._fixed or getattr(self._mine, "work", None)
 
     def route(self, assignment: Assignment) -> None:
         self._mine.work = Work(assignment)
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """A forward of the whole model, or of its encoder alone, with these arguments."""
+        self._mine.encoding = None
+        self.called.clear()
+        self._mine.given = {t.untyped_storage().data_ptr() for t in batch.values() if is_torch(t)}
+
+    @property
+    def called(self) -> set:
+        """Routes whose module was called, until the module around it is done; see ReplayRoute."""
+        return self._mine.__dict__.setdefault("called", set())
+
+    def encode(self, assignment: Assignment | None) -> None:
+        """The encoder runs alone, with this assignment; None: it is done."""
+        self._mine.encoding = None if assignment is None else Work(assignment)
+
+    def was_given(self, tensor: Any) -> bool:
+        """Whether a tensor is (a view of) one that the model was called with."""
+        return tensor.untyped_storage().data_ptr() in getattr(self._mine, "given", ())
 
 
 class Work:

@@ -192,6 +192,10 @@ class Attachment:
         for name in ATTRIBUTES:
             delattr(self.model, name)
 
+    @property
+    def in_forward(self) -> bool:
+        return self._lock.in_forward
+
     def _before_forward(self, module, args, kwargs) -> None:
         self._lock.begin_forward(sys._getframe(1))
         self._routing.begin_forward(args, kwargs)

@@ -29,6 +29,13 @@ class WeightsLock:
         """`frame` stays on this thread's stack for as long as the forward runs."""
         self._begin(frame)
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether this thread is in a forward."""
+        with self._changed:
+            self._forget_interrupted(threading.get_ident())
+            return any(frame is not None for frame in self._readers.get(threading.get_ident(), ()))
+
     def end_forward(self) -> None:
         """Of the forward this thread began last; nothing where there is none."""
         with self._changed:

@@ -1,16 +1,17 @@
-"""Where the tensors of a checkpoint lie in a module: by name, or by name behind one prefix."""
+"""Where the tensors of a checkpoint lie in a module: by name, by the name transformers gives it, behind one prefix."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from freemerge.attached.renamed import renamed
 from freemerge.checkpoint.dtypes import NAMES
 from freemerge.errors import InputError, listed
 from freemerge.kernels.array import dtype_of
 
 REMEDY = (
     "Attach experts to the model of the checkpoint they were merged with: the same class, not quantized, its "
-    "projections not fused."
+    "projections not fused; or load what `freemerge experts apply` writes."
 )
 
 
@@ -34,8 +35,9 @@ class Place:
 def find_places(model, shapes: Mapping[str, tuple[int, ...]], label: str) -> dict[str, Place]:
     """Where each tensor of `shapes` (name -> shape) lies in `model`.
 
-    Names are matched as they are; those that have no match, with one prefix put in front of all of them or taken away
-    from all of them (transformers' `model.`, `bert.`, ...).
+    Names are matched as they are; where some have no match, as transformers renames them when it loads this model; and
+    those that have none then, with one prefix put in front of all of them or taken away from all of them (transformers'
+    `model.`, `bert.`, ...).
 
     Args:
         label: what the names are from, for messages.
@@ -44,10 +46,12 @@ def find_places(model, shapes: Mapping[str, tuple[int, ...]], label: str) -> dic
         InputError: with everything that has no place, or not one of its shape.
     """
     owners, tensors = _owners(model)
-    names = _matched(shapes, tensors)
+    names, converted = _located(model, shapes, tensors)
     problems = []
     for name, shape in shapes.items():
-        if name not in names:
+        if name not in names and name in converted:
+            problems.append(f"{name}: in {label}, but the model has it fused or turned, in {converted[name]}")
+        elif name not in names:
             problems.append(f"{name}: in {label}, but not in the model{_nearest(name, tensors)}")
         elif why := _unfit(tensors[names[name]], shape):
             problems.append(f"{name}: {why}")
@@ -85,6 +89,18 @@ def _identity(tensor) -> Any:
     if type(tensor).__module__.startswith("torch") and tensor.device.type != "meta" and tensor.numel():
         return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
     return id(tensor)
+
+
+def _located(model, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The model's name of each wanted tensor that has one; and into what transformers converted others."""
+    exact = _matched(wanted, tensors)
+    if len(exact) == len(wanted):
+        return exact, {}
+    others, converted = renamed(model, wanted)
+    others = {name: other for name, other in others.items() if name not in converted}
+    found = _matched(others.values(), tensors)
+    by_rule = {name: found[other] for name, other in others.items() if other in found}
+    return max(exact, by_rule, key=len), converted
 
 
 def _matched(wanted: Iterable[str], found: Mapping[str, Any]) -> dict[str, str]:

@@ -77,11 +77,19 @@ def put_rows(output: Any, part: Any, rows: Any, n: int, where: str) -> Any:
     return _map(put, output, part)
 
 
-def first_dimension(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
-    """Of the first tensor among the arguments; None where there is none."""
+def first_tensor(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Among the arguments; None where there is none."""
     torch = sys.modules["torch"]
-    found = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim)
-    return next((t.shape[0] for t in found), None)
+    return next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim), None)
+
+
+def check_stateless(args: tuple, kwargs: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a cache among the arguments, to which running again would add once more."""
+    if any(hasattr(leaf, "get_seq_length") for leaf in (*args, *kwargs.values())):
+        raise InputError(
+            f"{where} keeps a cache, and experts touch tensors of its own: it cannot be routed with one; "
+            "pass use_cache=False"
+        )
 
 
 def _map(function: Callable, tree: Any, *others: Any) -> Any:

@@ -5,7 +5,8 @@ row, and any other module is run again for the rows of each expert (replay.py).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from freemerge.attached.active import STATES, Active, Work
 from freemerge.attached.assignment import Assignment
 from freemerge.attached.products import add_linear, add_rows
 from freemerge.errors import InputError
-from freemerge.parts import Part
+from freemerge.parts import Part, Rows
 
 Path = tuple[str, ...]
+RMS_NORMS = ("RMSNorm", "T5LayerNorm")  # how the classes of transformers end
+_ALONE = "run such experts one after the other, with use_expert"
 
 
 class Route(ABC):
@@ -35,16 +38,30 @@ class Route(ABC):
     def __init__(self, attachment: Any, label: str, names: Mapping[Path, str]):
         self.attachment, self.label, self.names = attachment, label, dict(names)
 
+    def install(self, module: Any) -> Any:
+        """From now on it is asked for `module`; answers what has a `remove` that ends this."""
+        return module.register_forward_hook(self, with_kwargs=True)
+
     def __call__(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         active = STATES.get().get(id(self.attachment))
         if active is not None and active.gates is not None:
             gated = active.gates.answer(module, _input(args, kwargs), output)
-            return None if gated is None else _instead(output, gated)
-        if active is None or active.work is None or active.replaying is module:
+            return None if gated is None else learns_nothing(output, gated)
+        work = self.work()
+        if work is None or not self.touches(work):
             return None
-        if not any(self.parts(active.work, name) for name in self.names.values()):
+        return self.answer(work, module, args, kwargs, output)
+
+    def work(self) -> Work | None:
+        """What routes the module, which is being called, in this context."""
+        active = STATES.get().get(id(self.attachment))
+        if active is None or self in active.replaying:
             return None
-        return self.answer(active.work, module, args, kwargs, output)
+        active.called.add(self)
+        return active.work
+
+    def touches(self, work: Work) -> bool:
+        return any(self.parts(work, name) for name in self.names.values())
 
     def __deepcopy__(self, memo: dict) -> Any:
         return _pass  # a copy made in a routed context is not in one
@@ -76,8 +93,7 @@ class LinearRoute(Route):
         self._weight, self._bias, self._transposed = names.get(("weight",)), names.get(("bias",)), transposed
 
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
-        x = _input(args, kwargs)
-        work.assignment.check_input(x.shape, self.label)
+        x = _rows_first(work, _input(args, kwargs), self.label)
         y = output.detach().contiguous()
         weight_parts = self.parts(work, self._weight) if self._weight else []
         if weight_parts:
@@ -87,7 +103,7 @@ class LinearRoute(Route):
         if self._bias and self.parts(work, self._bias):
             groups = len(work.mixture_of)
             y.view(groups, -1, y.shape[-1]).add_(self._biases(work)[:, None])
-        return _instead(output, y)
+        return learns_nothing(output, y)
 
     def _biases(self, work: Work) -> Any:
         """float32 [G, H]: what to add to the backbone's bias."""
@@ -103,21 +119,40 @@ class EmbeddingRoute(Route):
 
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         ids, rows = _input(args, kwargs), work.assignment.rows
-        if ids.ndim > 1 and ids.shape[0] == 1 < rows:  # positions, the same for all rows: each row has its own now
+        if self._is_for_all(ids, work.assignment):
+            ids, output = (ids[None], output[None]) if ids.ndim == 1 else (ids, output)
             ids, output = ids.expand(rows, *ids.shape[1:]), output.expand(rows, *output.shape[1:])
         work.assignment.check_input(ids.shape, self.label)
-        y = output.detach().clone()
+        y = output.detach().clone(memory_format=torch.contiguous_format)
         parts = self.parts(work, self.names["weight",])
         add_rows(ids.reshape(-1), y.view(-1, y.shape[-1]), parts, work.weights(y))
-        return _instead(output, y)
+        return learns_nothing(output, y)
+
+    def _is_for_all(self, ids: Any, assignment: Assignment) -> bool:
+        """Whether these are positions, the same for all rows: each row has its own answer then.
+
+        Raises InputError where they are neither that nor what the model was given.
+        """
+        rows = assignment.rows
+        if rows == 1 or STATES.get()[id(self.attachment)].was_given(ids):
+            return False
+        if ids.ndim > 1 and len(ids) == 1:
+            return True
+        if ids.ndim == 1 and (len(ids) % rows or bool((ids[1:] - ids[:-1] == 1).all())):
+            return True
+        if len(ids) not in (rows, rows * (assignment.tokens or 1)):
+            raise InputError(
+                f"{self.label} looks up {list(ids.shape)}, neither the {rows} rows of the batch nor positions "
+                f"that they share; {_ALONE}"
+            )
+        return False
 
 
 class NormRoute(Route):
     """A norm over the last dimensions: the rows of each expert have its weights, in one go."""
 
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
-        x = _input(args, kwargs)
-        work.assignment.check_input(x.shape, self.label)
+        x = _rows_first(work, _input(args, kwargs), self.label)
         inner, index = self.inner(module), _index(work, x)
         tokens, y = x.detach().reshape(len(index), -1, *inner), output.detach()
         touched = _index(work, x, work.mixtures.any(axis=1))
@@ -131,7 +166,7 @@ class NormRoute(Route):
         else:
             y = y.clone(memory_format=torch.contiguous_format)
             y.view(len(touched), -1, *inner)[touched] = found
-        return _instead(output, y)
+        return learns_nothing(output, y)
 
     def _stacked(self, work: Work, name: str) -> Any:
         found = self.mixed(work, name)
@@ -159,29 +194,61 @@ class RmsNormRoute(NormRoute):
 
 
 class ReplayRoute(Route):
-    """Any module, run again for the rows of each mixture of experts."""
+    """Any module, run again for the rows of each mixture of experts.
+
+    Args:
+        taken: routes of children whose tensors the module may take without calling them, by path. Where it did, these
+            tensors are its own.
+    """
+
+    def __init__(
+        self, attachment: Any, label: str, names: Mapping[Path, str], taken: Mapping[Path, Route] = MappingProxyType({})
+    ):
+        super().__init__(attachment, label, names)
+        self._taken = dict(taken)
+
+    def touches(self, work: Work) -> bool:
+        return super().touches(work) or any(route.touches(work) for route in self._taken.values())
 
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
-        n = replay.first_dimension(args, kwargs)
-        if n is None:
+        called = STATES.get()[id(self.attachment)].called
+        taken = {path: route for path, route in self._taken.items() if route not in called}
+        called.difference_update(self._taken.values())
+        names = self.names | {(*path, *n): name for path, route in taken.items() for n, name in route.names.items()}
+        used = {e for name in names.values() for e, _, _ in self.parts(work, name)}
+        if not used:
+            return None
+        x = replay.first_tensor(args, kwargs)
+        if x is None:
             raise InputError(f"{self.label} is called without a tensor: its own tensors cannot be routed")
         _check_mask(module, args, kwargs, self.label)
-        index = self._rows(work, n)
+        replay.check_stateless(args, kwargs, self.label)
+        n = len(x) if len(x) == 1 else len(_rows_first(work, x, self.label))
+        index = self.mixture_of_rows(work, n)
         shared = n == 1 < len(index)
         for u, mixture in enumerate(work.mixtures):
             rows = np.flatnonzero(index == u)
-            used = {e for name in self.names.values() for e, _, _ in self.parts(work, name)}
             if not len(rows) or not any(mixture[e] for e in used):
                 continue
-            rows = torch.as_tensor(rows, device=_device(args, kwargs))
+            rows = torch.as_tensor(rows, device=x.device)
             given = (args, dict(kwargs)) if shared else replay.select((args, dict(kwargs)), rows, n)
-            twin = replay.twin_of(module, {path: self.mixed(work, name)[u] for path, name in self.names.items()})
-            with uniform(self.attachment, mixture, module):
-                part = replay.run(twin, *given)
+            with uniform(self.attachment, mixture, {self, *taken.values()}):
+                part = replay.run(self.twin(work, module, u, names), *given)
             output = replay.put_rows(output, part, rows, len(index) if shared else n, self.label)
         return output
 
-    def _rows(self, work: Work, n: int) -> np.ndarray:
+    def parts(self, work: Work, name: str | None) -> list[tuple[int, Part, float]]:
+        """Without those that change nothing (a tensor that no expert trained): running again is not free."""
+        key = "changing parts", name
+        if key not in work.known:
+            work.known[key] = [found for found in super().parts(work, name) if not _is_nothing(found[1])]
+        return work.known[key]
+
+    def twin(self, work: Work, module: Any, u: int, names: Mapping[Path, str]) -> Any:
+        """`module` with the tensors of one mixture of experts."""
+        return replay.twin_of(module, {path: self.mixed(work, name)[u] for path, name in names.items()})
+
+    def mixture_of_rows(self, work: Work, n: int) -> np.ndarray:
         """Which mixture each of the first dimension's `n` has; where it is 1 for all, each of the batch's rows."""
         assignment = work.assignment
         if assignment.tokens is not None and n != len(work.mixture_of):
@@ -200,6 +267,19 @@ def _pass(*_: Any) -> None:
     """The hook that changes nothing."""
 
 
+class Hook:
+    """A hook that a copy of the module, made in a routed context, is without."""
+
+    def __init__(self, call: Callable[..., None]):
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return _pass
+
+
 def route_for(attachment: Any, module: Any, label: str, names: Mapping[Path, str]) -> Route:
     """The fastest that is right for this module."""
     own = set(names)
@@ -213,7 +293,7 @@ def route_for(attachment: Any, module: Any, label: str, names: Mapping[Path, str
         return EmbeddingRoute(attachment, label, names)
     if same and forward is nn.LayerNorm.forward:
         return NormRoute(attachment, label, names)
-    if same and own == {("weight",)} and type(module).__name__.endswith("RMSNorm") and broadcasts(module):
+    if same and own == {("weight",)} and type(module).__name__.endswith(RMS_NORMS) and broadcasts(module):
         return RmsNormRoute(attachment, label, names)
     return ReplayRoute(attachment, label, names)
 
@@ -239,10 +319,10 @@ def broadcasts(module: Any) -> bool:
 
 
 class uniform:
-    """Forwards in this context have one mixture of experts for all rows; `module` itself is left alone."""
+    """Forwards in this context have one mixture of experts for all rows; what `routes` route is left alone."""
 
-    def __init__(self, attachment: Any, mixture: np.ndarray, module: Any):
-        self._state = Active(Assignment(mixture[None]), replaying=module)
+    def __init__(self, attachment: Any, mixture: np.ndarray, routes: Iterable[Route]):
+        self._state = Active(Assignment(mixture[None]), replaying=frozenset(routes))
         self._key = id(attachment)
 
     def __enter__(self) -> None:
@@ -264,7 +344,8 @@ class _Unlearnable(torch.autograd.Function):
         raise RuntimeError("a routed forward has no gradient: train with use_expert, or with torch.no_grad() around it")
 
 
-def _instead(output: Any, y: Any) -> Any:
+def learns_nothing(output: Any, y: Any) -> Any:
+    """`y` in the place of `output`; `backward` says that there is no gradient."""
     if torch.is_grad_enabled() and output.requires_grad:
         return _Unlearnable.apply(output, y)
     return y
@@ -281,8 +362,28 @@ def _index(work: Work, tensor: Any, of_mixtures: np.ndarray | None = None) -> An
     )
 
 
-def _device(args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    return next(t.device for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+def _rows_first(work: Work, x: Any, label: str) -> Any:
+    """`x`. Raises InputError where the rows are not in its first dimension, as far as that can be told."""
+    assignment, shape = work.assignment, list(x.shape)
+    assignment.check_input(shape, label)
+    if assignment.rows == 1:
+        return x
+    if assignment.tokens is None and len(shape) > 2 and shape[1] == assignment.rows != shape[0]:
+        raise InputError(f"{label} was given {shape}, whose rows seem to be in the second dimension; {_ALONE}")
+    if _is_parameter(x):
+        raise InputError(f"{label} was given a parameter of the model, {shape}, the same for all rows; {_ALONE}")
+    return x
+
+
+def _is_parameter(x: Any) -> bool:
+    """Or a view of one, other than one that repeats it for each row."""
+    owner = x._base if x._is_view() else x
+    return isinstance(owner, nn.Parameter) and x.stride(0) != 0
+
+
+def _is_nothing(part: Part) -> bool:
+    """Whether it changes nothing: zeros, of which looking at one mostly tells."""
+    return isinstance(part, Rows) and part.start is None and not (part.values[:1].any() or part.values.any())
 
 
 def _check_mask(module: Any, args: tuple, kwargs: Mapping[str, Any], label: str) -> None:

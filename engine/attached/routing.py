@@ -4,20 +4,21 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from freemerge.attached.active import STATES, Active
 from freemerge.attached.assignment import Assignment, read_assignment
+from freemerge.attached.direct import taken_directly
 from freemerge.attached.gated import GatedLayers
 from freemerge.attached.gates import Gates
-from freemerge.attached.routes import Route, route_for
+from freemerge.attached.position_bias import EMBEDDING, PositionBiasRoute, computes_bias
+from freemerge.attached.routes import Hook, ReplayRoute, Route, route_for
 from freemerge.errors import InputError, listed
 
 BATCHES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
-# Modules that answer once for all rows of a batch, like T5's position bias [1, heads, queries, keys]
-FOR_ALL_ROWS = ("relative_attention_bias",)
 
 
 class Routing:
@@ -25,7 +26,7 @@ class Routing:
 
     def __init__(self, attachment: Any):
         self._attachment = attachment
-        self._routes: list[tuple[Any, Route]] = []
+        self._routes: list[tuple[Any, Route]] | None = None
         self._gates: dict[int | None, GatedLayers] = {}
         self._hooks: list = []
         self._users = 0
@@ -51,14 +52,37 @@ class Routing:
     def begin_forward(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Of the whole model: ask the router, and compare the number of rows. Raises InputError."""
         state = STATES.get().get(id(self._attachment))
-        if state is None or state.replaying is not None or state.gates is not None:
+        if state is None or state.replaying or state.gates is not None:
             return
         batch = _named(self._attachment.model, args, kwargs)
+        state.begin(batch)
         if state.router is not None and not (state.work and _goes_on(batch)):
-            state.route(self._ask(state, batch))
+            found = self._ask(state, batch)
+            # the router may have seen the copies already, each a row
+            state.route(replace(found, copies=1) if len(found.weights) == _rows(batch) else found)
         rows = _rows(batch)
         if rows is not None:
             state.work.assignment.check_batch(rows)
+
+    def _begin_encoder(self, encoder: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Called by itself, as `generate` does at first, before there are copies."""
+        state = STATES.get().get(id(self._attachment))
+        if state is None or state.replaying or state.gates is not None or self._attachment.in_forward:
+            return
+        batch = _named(encoder, args, kwargs)
+        state.begin(batch)
+        if state.router is not None:
+            state.route(self._ask(state, batch))
+        rows, assignment = _rows(batch), state.work.assignment
+        if rows == len(assignment.weights):
+            state.encode(Assignment(assignment.weights))
+        elif rows is not None:
+            assignment.check_batch(rows)
+
+    def _end_encoder(self, *_: Any) -> None:
+        state = STATES.get().get(id(self._attachment))
+        if state is not None and not self._attachment.in_forward:
+            state.encode(None)
 
     def _ask(self, state: Active, batch: Mapping[str, Any]) -> Assignment:
         # the router may run the model for features: those of the backbone
@@ -70,34 +94,47 @@ class Routing:
             STATES.reset(token)
 
     def _read(self, given: Any, copies: int) -> Assignment:
-        experts = self._attachment.found.experts
-        found = read_assignment(given, tuple(experts), copies)
+        found = read_assignment(given, tuple(self._attachment.found.experts), copies)
         if (found.groups != found.groups[:1]).any():
-            used = [expert for expert, uses in zip(experts.values(), found.groups.any(axis=0), strict=True) if uses]
-            names = {name for expert in used for name in expert.tensors}
-            problems = [
-                f"{n}: one answer for the whole batch" for n in sorted(names) if any(k in n for k in FOR_ALL_ROWS)
+            used = [
+                e for e, uses in zip(self._attachment.found.experts.values(), found.groups.any(0), strict=True) if uses
             ]
-            if problems:
+            shared = {name for expert in used for name in expert.tensors} & self._for_all_rows()
+            if shared:
+                problems = [f"{name}: one answer for the whole batch" for name in sorted(shared)]
                 raise InputError(listed(problems, "Run such experts one after the other.", outcome="nothing was run"))
         return found
 
     def _gated(self, gates: Gates) -> GatedLayers:
+        routes = self.routes
         with self._alone:
-            self._make_routes()
             if gates.top_k not in self._gates:
-                self._gates[gates.top_k] = GatedLayers(self._attachment, self._routes, gates)
+                self._gates[gates.top_k] = GatedLayers(self._attachment, routes, gates)
             return self._gates[gates.top_k]
 
-    def _make_routes(self) -> None:
-        if not self._routes:
-            self._routes = make_routes(self._attachment)
+    def _for_all_rows(self) -> set[str]:
+        """Tensors that make one answer for all rows of a batch, in a way that is not known."""
+        routes = [route for _, route in self.routes if not isinstance(route, PositionBiasRoute)]
+        return {name for route in routes for name in route.names.values() if EMBEDDING in name}
+
+    @property
+    def routes(self) -> list[tuple[Any, Route]]:
+        with self._alone:
+            if self._routes is None:
+                self._routes = make_routes(self._attachment)
+            return self._routes
 
     def _enter(self) -> None:
+        routes = self.routes
         with self._alone:
-            self._make_routes()
             if self._users == 0:
-                self._hooks = [m.register_forward_hook(route, with_kwargs=True) for m, route in self._routes]
+                self._hooks = [route.install(module) for module, route in routes]
+                encoder = _encoder(self._attachment.model)
+                if encoder is not None:
+                    self._hooks += [
+                        encoder.register_forward_pre_hook(Hook(self._begin_encoder), with_kwargs=True),
+                        encoder.register_forward_hook(Hook(self._end_encoder), always_call=True),
+                    ]
             self._users += 1
 
     def _leave(self) -> None:
@@ -121,23 +158,43 @@ def make_routes(attachment: Any) -> list[tuple[Any, Route]]:
         raise InputError(
             listed(second, "Rows are routed in the first dimension; use use_expert here.", outcome="nothing was run")
         )
-    paths = {id(module): path for path, module in model.named_modules()}
+    taken = {id(module): taken_directly(module) for module in model.modules()}
     inside = {
-        id(child): (module, tuple(path.split(".")))
+        id(module.get_submodule(".".join(path))): (module, path)
         for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)  # which takes its projection's weights without calling it
-        for path, child in module.named_modules()
-        if path
+        for path, always in taken[id(module)].items()
+        if always
     }
-    names: dict[int, tuple[Any, dict]] = {}
+    inside |= {id(getattr(m, EMBEDDING)): (m, (EMBEDDING,)) for m in model.modules() if computes_bias(m)}
+    names: dict[int, dict] = {}
     for name, place in attachment.places.items():
         for module, attribute in place.owners:
             owner, path = inside.get(id(module), (module, ()))
-            names.setdefault(id(owner), (owner, {}))[1][(*path, attribute)] = name
-    return [
-        (module, route_for(attachment, module, f"{paths[key] or 'the model'} ({type(module).__name__})", own))
-        for key, (module, own) in names.items()
-    ]
+            names.setdefault(id(owner), {})[(*path, attribute)] = name
+    routes: dict[int, Route] = {}
+    for path, module in reversed(list(model.named_modules())):  # children first
+        own = names.get(id(module), {})
+        children = {child: id(module.get_submodule(".".join(child))) for child in taken[id(module)]}
+        maybe = {child: routes[key] for child, key in children.items() if key in routes}
+        if own or maybe:
+            label = f"{path or 'the model'} ({type(module).__name__})"
+            routes[id(module)] = _route(attachment, module, label, own, maybe)
+    return [(module, routes[id(module)]) for module in model.modules() if id(module) in routes]
+
+
+def _route(attachment: Any, module: Any, label: str, own: Mapping, taken: Mapping) -> Route:
+    if taken:
+        return ReplayRoute(attachment, label, own, taken)
+    if computes_bias(module) and {path[0] for path in own} == {EMBEDDING}:
+        return PositionBiasRoute(attachment, label, own)
+    return route_for(attachment, module, label, own)
+
+
+def _encoder(model: Any) -> Any:
+    """Of an encoder-decoder of transformers, whose `generate` calls it past the model; else None."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        return model.get_encoder()
+    return None
 
 
 def _second(module: Any) -> bool:
@@ -165,7 +222,9 @@ def _rows(batch: Mapping[str, Any]) -> int | None:
 
 
 def _goes_on(batch: Mapping[str, Any]) -> bool:
-    """Whether this is a later step of a generation, whose rows were routed at the first."""
+    """Whether this is a later step of a generation, whose rows were routed at the first, or by the encoder."""
+    if batch.get("encoder_outputs") is not None:
+        return True
     cache = batch.get("past_key_values")
     if cache is None:
         return False
