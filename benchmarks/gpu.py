@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import machine
+from gpu_experts import measure_experts
 from gpu_merges import measure_merges
 from gpu_ops import measure_ops
 from gpu_results import Figure, printed, write_json
@@ -24,7 +25,7 @@ ROOM = 60 << 30  # bytes the 8B models and their merge take
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--no-merges", action="store_true", help="ops only: no files, no Session")
+    parser.add_argument("--no-merges", action="store_true", help="ops and experts only: no files, no Session")
     parser.add_argument("--shrink", type=int, default=1, help="divide all sizes, to try the benchmark itself")
     options = parser.parse_args()
     if not torch.cuda.is_available() and options.shrink == 1:
@@ -46,6 +47,8 @@ def main() -> int:
 def _measured(device: Device, bandwidths: dict[str, float], options) -> Iterator[Figure]:
     copy, host = bandwidths.values()
     for figures in measure_ops(device, copy, shrink=options.shrink):
+        yield from _kept(figures)
+    for figures in measure_experts(device, shrink=options.shrink):
         yield from _kept(figures)
     if not options.no_merges:
         with tempfile.TemporaryDirectory(dir=_roomy_folder()) as folder:

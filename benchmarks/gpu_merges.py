@@ -28,7 +28,7 @@ def measure_merges(
         copy, host: bandwidths of a copy on the device, and from pinned memory to it, bytes/s.
         shrink: divides the widths, to try these lines.
     """
-    sizes = {"1.1B": _shrunk(FULL, shrink), "8B": _shrunk(LLAMA_8B, shrink)}
+    sizes = {"1.1B": shrunk(FULL, shrink), "8B": shrunk(LLAMA_8B, shrink)}
     return [_measure_model(device, folder, name, llama, copy, host) for name, llama in sizes.items()]
 
 
@@ -59,7 +59,7 @@ def _session(device: Device, models: list[Path], copy: float) -> Figure:
     return Figure(what, seconds, seconds * copy / moved, "times the bytes' time", 1.3, most=True)
 
 
-def _shrunk(llama: Llama, shrink: int) -> Llama:
+def shrunk(llama: Llama, shrink: int) -> Llama:
     if shrink == 1:
         return llama
     small = llama.hidden // shrink

@@ -75,16 +75,23 @@ class Work:
     def __init__(self, assignment: Assignment):
         self.assignment = assignment
         self.known: dict[Any, Any] = {}  # what routes remember
-        self._placed: dict[str, Any] = {}
+        self._placed: dict[tuple, Any] = {}
 
     def weights(self, tensor: Any) -> Array:
-        """[G, E] where `tensor` lies."""
-        if on_host(tensor):
-            return self.assignment.groups
-        device = str(tensor.device)
-        if device not in self._placed:
-            self._placed[device] = to_torch(self.assignment.groups).to(tensor.device)
-        return self._placed[device]
+        """[G, E] as ops take them, where `tensor` lies."""
+        return self.groups if on_host(tensor) else self.placed("groups", tensor)
+
+    def placed(self, name: str, tensor: Any) -> Any:
+        """An array of this as a tensor where `tensor` lies; it goes there once, as a GPU is waited for meanwhile."""
+        key = name, tensor.device
+        if key not in self._placed:
+            self._placed[key] = to_torch(getattr(self, name)).to(tensor.device)
+        return self._placed[key]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """[G, E]: the assignment's."""
+        return self.assignment.groups
 
     @cached_property
     def mixtures(self) -> np.ndarray:
@@ -95,6 +102,11 @@ class Work:
     def mixture_of(self) -> np.ndarray:
         """[G]: which of them each group has."""
         return self._unique[1]
+
+    @cached_property
+    def touched(self) -> np.ndarray:
+        """The groups that have any expert, in order."""
+        return np.flatnonzero(self.groups.any(axis=1))
 
     @cached_property
     def chosen(self) -> np.ndarray | None:
@@ -111,5 +123,5 @@ class Work:
 
     @cached_property
     def _unique(self) -> tuple[np.ndarray, np.ndarray]:
-        found, index = np.unique(self.assignment.groups, axis=0, return_inverse=True)
+        found, index = np.unique(self.groups, axis=0, return_inverse=True)
         return found, index.reshape(-1)

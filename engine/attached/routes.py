@@ -110,7 +110,7 @@ class LinearRoute(Route):
         key = "bias", self._bias
         if key not in work.known:
             bias = self.attachment.places[self._bias].tensor.detach().float()
-            work.known[key] = (self.mixed(work, self._bias).float() - bias)[_index(work, bias)]
+            work.known[key] = (self.mixed(work, self._bias).float() - bias)[work.placed("mixture_of", bias)]
         return work.known[key]
 
 
@@ -153,10 +153,10 @@ class NormRoute(Route):
 
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         x = _rows_first(work, _input(args, kwargs), self.label)
-        inner, index = self.inner(module), _index(work, x)
+        inner, index = self.inner(module), work.placed("mixture_of", x)
         tokens, y = x.detach().reshape(len(index), -1, *inner), output.detach()
-        touched = _index(work, x, work.mixtures.any(axis=1))
-        everywhere = bool(work.mixtures.any(axis=1).all())
+        touched = work.placed("touched", x)
+        everywhere = len(touched) == len(index)
         if not everywhere:
             tokens, index = tokens[touched], index[touched]
         tensors = {n: self._stacked(work, own)[index][:, None] for (n,), own in self.names.items()}
@@ -165,7 +165,7 @@ class NormRoute(Route):
             y = found.view(y.shape)
         else:
             y = y.clone(memory_format=torch.contiguous_format)
-            y.view(len(touched), -1, *inner)[touched] = found
+            y.view(len(work.mixture_of), -1, *inner)[touched] = found
         return learns_nothing(output, y)
 
     def _stacked(self, work: Work, name: str) -> Any:
@@ -353,13 +353,6 @@ def learns_nothing(output: Any, y: Any) -> Any:
 
 def _input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _index(work: Work, tensor: Any, of_mixtures: np.ndarray | None = None) -> Any:
-    """[G]: which mixture each group has, or what is given of that mixture; where `tensor` lies."""
-    return torch.as_tensor(
-        work.mixture_of if of_mixtures is None else of_mixtures[work.mixture_of], device=tensor.device
-    )
 
 
 def _rows_first(work: Work, x: Any, label: str) -> Any:

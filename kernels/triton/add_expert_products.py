@@ -1,10 +1,12 @@
 """add_expert_products in Triton: a program multiplies a block of rows of all experts of a token with that token.
 
 Neighbouring programs have the same rows and other tokens, so that entries are read from memory once and from cache
-after. Which experts a token has is looked up in the kernel: one launch, whatever the batch.
+after. Which experts a token has is looked up in the kernel: one launch, whatever the batch. Where the entries lie is
+sent to the GPU once for a layer: a later call copies nothing from the host, and a CUDA graph can hold it.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -70,12 +72,12 @@ def add_expert_products(
     (n, width), (_, rows) = x.shape, out.shape
     if n == 0 or rows == 0 or not offsets:
         return
-    arrays = [array.data_ptr() for part in (offsets, columns, values) for array in part]
+    arrays = tuple(array.data_ptr() for part in (offsets, columns, values) for array in part)
     target = out.float() if out.dtype in FLOAT8 else out  # no kernel writes float8
     _add_expert_products_kernel[(n * triton.cdiv(rows, ROWS),)](
         loadable(x),
-        torch.tensor(arrays, dtype=torch.int64, device=x.device),
-        torch.tensor(scales, dtype=torch.float32, device=x.device),
+        _sent(arrays, torch.int64, x.device),
+        _sent(tuple(scales), torch.float32, x.device),
         weights,
         target,
         n,
@@ -89,3 +91,8 @@ def add_expert_products(
         num_warps=4,
     )
     store(target, out)
+
+
+@lru_cache(maxsize=4096)
+def _sent(numbers: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)

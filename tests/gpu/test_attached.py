@@ -72,3 +72,19 @@ def test_routed(monkeypatch, kind):
         move(model, experts, monkeypatch)
         with model.routed(weights):
             torch.testing.assert_close(model(IDS.to(DEVICE)).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a GPU")
+def test_linear_layers_and_norms_can_be_recorded_as_a_cuda_graph():
+    """From its second time on, their forward copies nothing from the host and does not wait for the GPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 16)).to(DEVICE)
+    freemerge.attach(model, experts_for(model, "rows"))
+    x = torch.randn(2, 3, 12, device=DEVICE)
+    with torch.inference_mode(), model.routed(model.experts[:2]):
+        expected = [model(x), model(x)][-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(x)
+        graph.replay()
+    assert torch.equal(found, expected)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from gpu_experts import measure_experts
 from gpu_merges import measure_merges
 from gpu_ops import measure_ops
 from gpu_results import Figure, printed, write_json
@@ -40,6 +41,16 @@ def test_whole_merges_are_measured(device, tmp_path):
         "Session 8B, task_arithmetic again",
     ]
     assert not any(tmp_path.iterdir())
+
+
+def test_decoding_with_experts_is_measured(device):
+    figures = [figure for part in measure_experts(device, shrink=64) for figure in part]
+    assert [figure.what for figure in figures if figure.bar] == [
+        "decoding, batch 1, 1 experts, CUDA graph",
+        "decoding, batch 32, 8 experts, CUDA graph",
+        "use_expert, one for another",
+    ]
+    assert all(figure.value > 0 for figure in figures)
 
 
 def test_the_table_says_met_missed_and_failed(tmp_path):
