@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -82,6 +82,8 @@ def read_assignment(given: Any, experts: Sequence[str], copies: int = 1) -> Assi
         raise InputError(f"copies {copies!r}: a whole number of at least 1")
     if given is None or isinstance(given, (str, Mapping)):
         given = [given]
+    if isinstance(given, np.ndarray) and given.dtype.kind in "OU":  # names
+        given = given.tolist()
     if isinstance(given, np.ndarray) or is_torch(given):
         return Assignment(_from_numbers(_on_host(given), experts), copies)
     if not isinstance(given, Sequence) or not len(given):
@@ -149,14 +151,23 @@ def _from_names(given: Sequence, experts: Sequence[str]) -> np.ndarray:
         return np.stack([_from_names(row, experts) for row in given])
     weights = np.zeros((len(given), len(experts)), np.float32)
     for row, item in zip(weights, given, strict=True):
-        chosen = item if isinstance(item, Mapping) else {} if item is None else {item: 1.0}
-        for name, weight in chosen.items():
+        for name, weight in _mixture(item, experts).items():
             if name not in experts:
                 raise InputError(unknown(name, experts))
+            if isinstance(weight, (str, bytes)) or not isinstance(weight, SupportsFloat):
+                raise InputError(f"the weight of {name!r} is {weight!r}, not a number")
             row[list(experts).index(name)] = weight
     if not np.isfinite(weights).all():
         raise InputError("NaN or Inf in the weights of an assignment")
     return weights
+
+
+def _mixture(item: Any, experts: Sequence[str]) -> Mapping[Any, Any]:
+    """Weights by name of what is given for a row."""
+    if isinstance(item, (int, np.integer)) and not isinstance(item, bool):
+        (row,) = _from_indices(np.array([item]), experts)
+        return dict(zip(experts, row, strict=True))
+    return item if isinstance(item, Mapping) else {} if item is None else {item: 1.0}
 
 
 def _shown(given: Any) -> str:

@@ -114,6 +114,8 @@ def open_experts(source: Any) -> ExpertSet:
         CheckpointError: with all that is wrong with their files: truncated, changed since they were written, of
             another backbone.
     """
+    if isinstance(source, ExpertSet):
+        return source
     if isinstance(source, Mapping):
         return _checked(ExpertSet("the experts given", dict(source)))
     if isinstance(source, (str, Path)) or hasattr(source, "__fspath__"):
@@ -124,7 +126,7 @@ def open_experts(source: Any) -> ExpertSet:
 def _from_files(source: Path) -> ExpertSet:
     folder = source.parent if source.is_file() else source / FOLDER if (source / FOLDER).is_dir() else source
     paths = [source] if source.is_file() else sorted(folder.glob("*.safetensors"))
-    if folder == source and (source / MANIFEST).exists():
+    if folder == source and any((source / name).exists() for name in (MANIFEST, "config.json")):
         raise InputError(f"{source} has no experts: merge with a method that writes them")
     if not paths:
         raise InputError(f"{source} holds no experts; give a merged model, or its folder {FOLDER}")

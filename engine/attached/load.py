@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from freemerge.attached.attachment import attach
+from freemerge.attached.experts import open_experts
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, InputError, UnavailableError, listed
@@ -47,14 +48,22 @@ def load(
     merged = Path(merged)
     if not merged.is_dir():
         raise InputError(f"{merged} is not a folder of a merged model")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = _float_dtype(torch, dtype)
+    found = open_experts(merged)
     make = model_class or _named_class(merged)
     if hasattr(make, "from_pretrained"):
         model = make.from_pretrained(merged, **({"dtype": dtype or "auto"} | options))
     else:
         model = _filled(make, merged, dtype, options)
     model = model.to(device) if device is not None else model
-    return attach(model.eval(), merged, verify=verify)
+    return attach(model.eval(), found, verify=verify)
+
+
+def _float_dtype(torch: Any, dtype: Any) -> Any:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"dtype {dtype!r}: a float type of torch, or its name, such as 'bfloat16'")
+    return found
 
 
 def _named_class(merged: Path) -> Any:

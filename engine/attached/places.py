@@ -104,20 +104,31 @@ def _located(model, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> tu
 
 
 def _matched(wanted: Iterable[str], found: Mapping[str, Any]) -> dict[str, str]:
-    """The model's name of each wanted tensor that has one."""
+    """The model's name of each wanted tensor that has one; where one has none, of as many as one rule finds."""
     exact = {name: name for name in wanted if name in found}
     missing = [name for name in wanted if name not in found]
     if not missing:
         return exact
-    rules = {prefix: {n: prefix + n for n in missing} for prefix in _prefixes(missing[0], found)}
-    rules |= {"-" + prefix: {n: n.removeprefix(prefix) for n in missing} for prefix in _heads(missing[0])}
+    rules = [_rule(missing, add=prefix) for prefix in _prefixes(missing[0], found)]
+    rules += [_rule(missing, take=prefix) for prefix in _heads(missing[0])]
     taken = set(exact.values())
-    fitting = [r for r in rules.values() if all(to in found and to not in taken for to in r.values())]
+    fitting = [r for r in rules if all(to in found and to not in taken for to in r.values())]
     if len(fitting) > 1:
         raise InputError(
             f"{missing[0]} has several places in the model: {', '.join(r[missing[0]] for r in fitting)}. {REMEDY}"
         )
-    return exact | (fitting[0] if fitting else {})
+    if fitting:
+        return exact | fitting[0]
+    # nothing fits all of them: of what fits most, the others are the ones to tell of
+    rules += [_rule(missing, add=prefix) for prefix in _prefixes(missing[-1], found)]
+    rules += [_rule(missing, take=prefix) for prefix in {_heads(name)[0] for name in missing if _heads(name)}]
+    partly = ({n: to for n, to in rule.items() if to in found and to not in taken} for rule in rules)
+    return exact | max(partly, key=len, default={})
+
+
+def _rule(names: Iterable[str], *, add: str = "", take: str = "") -> dict[str, str]:
+    """Every name with one prefix more, or one less."""
+    return {name: add + name.removeprefix(take) for name in names}
 
 
 def _prefixes(name: str, found: Iterable[str]) -> list[str]:

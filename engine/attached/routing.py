@@ -1,6 +1,7 @@
 """`with model.routed(...)`: hooks on the modules that own what experts change, for as long as somebody routes."""
 
 import inspect
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class Routing:
             state = Active(None, router=assignment, copies=copies)
         else:
             state = Active(self._read(assignment, copies))
+        _check_not_compiled(self._attachment.model)
         self._enter()
         token = STATES.set({**STATES.get(), id(self._attachment): state})
         try:
@@ -52,7 +54,10 @@ class Routing:
     def begin_forward(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Of the whole model: ask the router, and compare the number of rows. Raises InputError."""
         state = STATES.get().get(id(self._attachment))
-        if state is None or state.replaying or state.gates is not None:
+        if state is None or state.replaying:
+            return
+        _check_not_called_by_compiled()
+        if state.gates is not None:
             return
         batch = _named(self._attachment.model, args, kwargs)
         state.begin(batch)
@@ -188,6 +193,28 @@ def _route(attachment: Any, module: Any, label: str, own: Mapping, taken: Mappin
     if computes_bias(module) and {path[0] for path in own} == {EMBEDDING}:
         return PositionBiasRoute(attachment, label, own)
     return route_for(attachment, module, label, own)
+
+
+_COMPILED = (
+    "routing works by hooks of the modules, which compiled code passes by: route the model that was given to "
+    "torch.compile, or a copy that is not compiled; use_expert works for both"
+)
+
+
+def _check_not_compiled(model: Any) -> None:
+    """Raises InputError where a module of the model is compiled in itself."""
+    for path, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+            raise InputError(f"{path or 'the model'} is compiled: {_COMPILED}")
+
+
+def _check_not_called_by_compiled() -> None:
+    """Raises InputError where a frame of torch.compile's is on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            raise InputError(f"the model is called through torch.compile: {_COMPILED}")
+        frame = frame.f_back
 
 
 def _encoder(model: Any) -> Any:

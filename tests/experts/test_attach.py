@@ -168,7 +168,7 @@ def test_names_behind_one_prefix_are_found(model, merged, checkpoints):
     outer.use_expert("math")
     assert weights(model) == checkpoints["math"]
     outer.detach_experts()
-    with pytest.raises(InputError, match=r"lm_head.weight: in .*, but not in the model"):
+    with pytest.raises(InputError, match=r"^1 problem, .*\n  lm_head.weight: in .*, but not in the model"):
         freemerge.attach(model.model, merged)
 
 
@@ -395,8 +395,12 @@ def test_folders_without_experts(merged, tmp_path, model):
     with pytest.raises(InputError, match="is not a folder"):
         freemerge.load(tmp_path / "nowhere")
     applied(merged, "math", tmp_path / "plain")
-    with pytest.raises(InputError, match="has no experts"):
-        freemerge.load(tmp_path / "plain")
+    for plain in (tmp_path / "plain", merged.parent / "base"):
+        with pytest.raises(InputError, match="has no experts"):
+            freemerge.load(plain)
+    for dtype in ("bf16", torch.int8):
+        with pytest.raises(InputError, match="a float type of torch, or its name"):
+            freemerge.load(merged, dtype=dtype)
 
 
 def test_load_makes_any_class(tmp_path):

@@ -196,6 +196,35 @@ def test_weights_of_several_experts():
                 torch.testing.assert_close(model(IDS).logits, expected, **F32)
 
 
+def test_names_indices_and_arrays_of_names_may_be_mixed():
+    model = attached(nn.Sequential(nn.Linear(3, 2)))
+    x = torch.ones(4, 3)
+    with torch.no_grad():
+        with model.routed(["a", None, "c", "b"]):
+            expected = model(x)
+        for given in (["a", -1, np.int64(2), 1], ("a", None, 2, "b"), np.array(["a", None, "c", "b"], object)):
+            with model.routed(given):
+                torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's, of what it does not compile
+def test_compiled_models_are_switched_but_not_routed():
+    model = attached(nn.Sequential(nn.Linear(3, 2)))
+    compiled, x = torch.compile(model, backend="eager"), torch.ones(2, 3)
+    with torch.no_grad():
+        for name in (None, "a", None):
+            model.use_expert(name)
+            torch.testing.assert_close(compiled(x), model(x))
+        with (
+            model.routed("a"),
+            pytest.raises(InputError, match=r"called through torch\.compile: routing works by hooks"),
+        ):
+            compiled(x)
+    model[0].compile(backend="eager")
+    with pytest.raises(InputError, match="0 is compiled"), model.routed("a"):
+        pass
+
+
 def test_tokens_with_experts_of_their_own():
     """Of a model without attention, each token is on its own."""
     model = attached(nn.Sequential(nn.Embedding(160, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)))
@@ -343,7 +372,11 @@ def test_switching_and_routing_exclude_each_other():
         (["a", "bb", None], r"no expert 'bb': there are a, b, c; did you mean 'b'\?"),
         ([0, 3], "no expert 3"),
         (np.array([0, -2]), "no expert -2"),
+        (["a", 3], "no expert 3"),
+        (["a", True], "no expert True"),
         ([{"a": float("nan")}], "NaN or Inf"),
+        ([{"a": "much"}], "the weight of 'a' is 'much', not a number"),
+        ([{"d": 1}], "no expert 'd'"),
         (np.array([[0, 0, np.inf]]), "NaN or Inf in the weights of row 0"),
         (np.zeros((2, 4)), r"\[rows, 3\]"),
         (np.zeros(3, bool), r"\[rows, 3\]"),
