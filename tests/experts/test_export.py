@@ -131,3 +131,51 @@ def test_command_line(tmp_path):
     facts = json.loads(result.output)
     assert 0 < facts["error"] < 1
     assert {tensor["kept"] for tensor in facts["tensors"]} == {"lora", "left out"}
+
+
+def in_peft(merged, adapter):
+    """PEFT's model of a backbone with an adapter on it."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    return peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(merged), adapter).eval()
+
+
+def answers(model):
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return model(torch.arange(2, 22).reshape(2, 10)).logits.numpy()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21, transformers 5.23
+class TestInPeft:
+    def test_at_the_experts_own_rank_outputs_are_those_of_the_expert_in_place(self, tmp_path):
+        merged = merged_by("twin", tmp_path, density=0.15)
+        rows = export_adapter(merged, "math", tmp_path / "lora", rank=8, fsync=False)
+        assert total_error(rows) < 1e-5
+        model = freemerge.load(merged)
+        backbone = answers(model)
+        model.use_expert("math")
+        expected, found = answers(model), answers(in_peft(merged, tmp_path / "lora"))
+        # two orders of summation in float32, over layers with activations of size 1 to 10
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+        assert np.abs(expected - backbone).max() > 1e-2
+
+    def test_below_it_weights_are_as_far_off_as_the_printed_error_says(self, tmp_path):
+        merged = merged_by("free", tmp_path, density=0.1)
+        arguments = ["experts", "export", str(merged), "math", str(tmp_path / "lora"), "--lora", "6", "--json"]
+        printed = json.loads(CliRunner().invoke(cli.app, arguments).output)
+        apply_expert(merged, "math", tmp_path / "plain", fsync=False)
+        backbone, plain = read_all(merged), read_all(tmp_path / "plain")
+        tuned = in_peft(merged, tmp_path / "lora").merge_and_unload()
+        found = {name: tensor.double().numpy() for name, tensor in tuned.state_dict().items()}
+        missing = np.sqrt(sum(np.linalg.norm(found[name] - plain[name]) ** 2 for name in plain))
+        change = np.sqrt(sum(np.linalg.norm(plain[name] - backbone[name]) ** 2 for name in plain))
+        assert 0.05 < printed["error"] < 1
+        # float32 weights, in which PEFT adds B A up
+        assert missing / change == pytest.approx(printed["error"], rel=1e-3)
+        # and the outputs of the adapter beside its layers are those of these weights
+        beside = answers(in_peft(merged, tmp_path / "lora"))
+        np.testing.assert_allclose(beside, answers(tuned), rtol=2e-4, atol=2e-4)  # as above
+        wanted = freemerge.load(merged)
+        wanted.use_expert("math")
+        nearer, farther = (np.abs(answers(model) - answers(wanted)).mean() for model in (tuned, freemerge.load(merged)))
+        assert nearer < farther
