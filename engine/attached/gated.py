@@ -4,7 +4,7 @@ What it computes is written down in NumPy in freemerge.experts.routed_layer. Sum
 is), rounded once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import nn
 
 from freemerge.attached.gates import REMEDY, Gates, GateSet
 from freemerge.attached.products import add_chosen
-from freemerge.attached.routes import LinearRoute, Route
+from freemerge.attached.routes import LinearRoute, Path, ReplayRoute, Route
 from freemerge.errors import InputError, listed
 from freemerge.kernels.array import Array, is_tensor
 from freemerge.top_k import keep_top_k
 
 WEIGHT, BIAS = ("weight",), ("bias",)
+UNSEEN = "a gate needs what its layer is given"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class GatedLayers:
         if found is None:
             raise InputError(f"{attachment.found.label}: these experts have no gates. {REMEDY}")
         top_k = found.top_k_for(gates, attachment.found.experts)
-        problems = [problem for module, route in routes for problem in _problems(module, route, found)]
+        changed = {name for expert in found.experts for name in attachment.found.experts[expert].tensors}
+        problems = [problem for module, route in routes for problem in _problems(module, route, found, changed)]
         if problems:
             raise InputError(listed(problems, REMEDY, outcome="nothing was run"))
         self._layers = {
@@ -89,18 +91,24 @@ class GatedLayers:
         return None if layer is None else layer.answer(x, output)
 
 
-def _problems(module: Any, route: Route, found: GateSet) -> Iterator[str]:
-    for path, name in route.names.items():
-        owner = module.get_submodule(".".join(path[:-1]))
-        if not _is_linear(owner):
-            continue
+def _problems(module: Any, route: Route, found: GateSet, changed: Collection[str]) -> Iterator[str]:
+    """Args: `changed` are the tensors that experts with gates change; others may be attached beside them."""
+    names = {path: name for path, name in route.names.items() if name in changed and _is_linear(_owner(module, path))}
+    for path, name in names.items():
         gate = found.arrays.get(route.names.get((*path[:-1], "weight")))
         if gate is None:
             yield f"{name}: there is no gate of {route.label}"
         elif not isinstance(route, LinearRoute) or not isinstance(module, nn.Linear):
-            yield f"{name}: a gate needs what its layer is given, which {route.label} does not show"
-        elif path == WEIGHT and (problem := _unfit(gate, len(found.experts), owner.in_features)):
+            yield f"{name}: {UNSEEN}, which {route.label} does not show"
+        elif path == WEIGHT and (problem := _unfit(gate, len(found.experts), module.in_features)):
             yield f"the gate of {name}: {problem}"
+    if isinstance(route, ReplayRoute):
+        taken = {name for child in route.taken.values() for name in child.names.values()}
+        yield from (f"{name}: {UNSEEN}, which {route.label} may take past it" for name in taken & found.arrays.keys())
+
+
+def _owner(module: Any, path: Path) -> Any:
+    return module.get_submodule(".".join(path[:-1]))
 
 
 def _unfit(gate: Array, experts: int, width: int) -> str | None:

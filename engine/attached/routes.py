@@ -205,15 +205,15 @@ class ReplayRoute(Route):
         self, attachment: Any, label: str, names: Mapping[Path, str], taken: Mapping[Path, Route] = MappingProxyType({})
     ):
         super().__init__(attachment, label, names)
-        self._taken = dict(taken)
+        self.taken = dict(taken)
 
     def touches(self, work: Work) -> bool:
-        return super().touches(work) or any(route.touches(work) for route in self._taken.values())
+        return super().touches(work) or any(route.touches(work) for route in self.taken.values())
 
     def answer(self, work: Work, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         called = STATES.get()[id(self.attachment)].called
-        taken = {path: route for path, route in self._taken.items() if route not in called}
-        called.difference_update(self._taken.values())
+        taken = {path: route for path, route in self.taken.items() if route not in called}
+        called.difference_update(self.taken.values())
         names = self.names | {(*path, *n): name for path, route in taken.items() for n, name in route.names.items()}
         used = {e for name in names.values() for e, _, _ in self.parts(work, name)}
         if not used:

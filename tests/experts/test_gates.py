@@ -18,6 +18,7 @@ from freemerge.errors import CheckpointError, InputError
 from freemerge.experts.routed_layer import forward, route
 from freemerge.experts.sidecar import read_expert
 from freemerge.kernels.array import BFLOAT16
+from freemerge.methods.smile import EMBEDDINGS_AND_NORMS
 from freemerge.parts import Difference, LowRank
 from freemerge.routers import Gates
 from freemerge.testing import random_array, tiny_llama, tiny_llama_config, write_checkpoint
@@ -260,6 +261,21 @@ def test_layers_that_do_not_show_their_input_are_refused():
         assert f"{name}: a gate needs what its layer is given" in str(error.value)
 
 
+def test_layers_that_are_passed_by_at_times_are_refused():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.out.weight, self.out.bias) if len(x) == 1 else self.out(x)
+
+    model = Sometimes()
+    freemerge.attach(model, merged_by_smile(model).experts)
+    with pytest.raises(InputError, match=r"which the model \(Sometimes\) may take past it"), model.routed(Gates()):
+        pass
+
+
 def test_other_modules_stay_the_backbones():
     """An embedding that smile's patterns took for a linear layer: in the official code it is none."""
 
@@ -278,6 +294,17 @@ def test_other_modules_stay_the_backbones():
     freemerge.attach(model, found.experts)
     with torch.no_grad(), model.routed(Gates()):
         torch.testing.assert_close(model(IDS), by_hand(IDS), **F32)
+
+
+def test_experts_without_gates_may_be_attached_beside_them():
+    model = llama()
+    found = merged_by_smile(model, exclude=(*EMBEDDINGS_AND_NORMS, "lm_head"))
+    alone = freemerge.attach(copy.deepcopy(model), found.experts)
+    beside = freemerge.merge_state_dicts("emr", model.state_dict(), {"emr": shaken_all(model)}).experts
+    assert "lm_head.weight" in beside[0].tensors
+    freemerge.attach(model, [*found.experts, *beside])
+    with torch.no_grad(), alone.routed(Gates()), model.routed(Gates()):
+        torch.testing.assert_close(model(IDS).logits, alone(IDS).logits, rtol=0, atol=0)
 
 
 def test_a_part_meets_only_the_tokens_that_chose_it():
