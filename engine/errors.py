@@ -68,8 +68,9 @@ def listed(problems: Iterable[str], remedy: str, outcome: str = "nothing was wri
     return text
 
 
-def gathered(errors: Sequence[FreemergeError]) -> str:
+def gathered(errors: Sequence[FreemergeError], outcome: str = "nothing was written") -> Problems:
     """One text for several errors: the problems of all of them, and each remedy once."""
     texts = [error.args[0] for error in errors]
     problems = [problem for text in texts for problem in (text.listed if isinstance(text, Problems) else [text])]
-    return listed(problems, "\n".join(dict.fromkeys(text.remedy for text in texts if isinstance(text, Problems))))
+    remedies = dict.fromkeys(text.remedy for text in texts if isinstance(text, Problems))
+    return listed(problems, "\n".join(remedies), outcome)

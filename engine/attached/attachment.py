@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from freemerge.attached.experts import ExpertSet, open_experts
+from freemerge.attached.experts import ExpertSet
 from freemerge.attached.in_place import Changed, Room, put_all, restore_all
 from freemerge.attached.lock import WeightsLock, uninterrupted
+from freemerge.attached.opening import open_experts
 from freemerge.attached.places import Place, find_places, tied
 from freemerge.checkpoint.checksum import checksum
 from freemerge.checkpoint.dtypes import NAMES
@@ -39,20 +40,21 @@ def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
 
     Args:
         model: any torch nn.Module with the merged weights, in any float dtype, on the CPU or a CUDA GPU.
-        experts: the folder of the merged model, its folder of experts, one expert's file, or experts in memory (what
-            merge_state_dicts leaves as `.experts`, or a mapping by name).
+        experts: the folder of the merged model, its folder of experts, one expert's file, the folder of a LoRA adapter
+            as PEFT saves it, or an expert in memory (of what merge_state_dicts leaves as `.experts`); a list of such,
+            or a mapping that names them.
         verify: compare the model's tensors with the checksums of the merged model's freemerge.json.
 
     Returns:
         `model`.
 
     Raises:
-        CheckpointError: the experts' files are damaged, or were made for another backbone.
+        CheckpointError: the experts' files are damaged, or were made for another backbone; adapters do not fit.
         InputError: the model has no place for what the experts change, or has experts already. Nothing was changed.
     """
     _check_free(model)
-    found = open_experts(experts)
-    places = find_places(model, found.shapes, found.label)
+    found = open_experts(experts, model)
+    places = found.places(model)
     if verify:
         check_backbone(model, found)
     if same := tied(places):

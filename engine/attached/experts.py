@@ -1,23 +1,19 @@
-"""The experts that can be attached to a model: read, checked, and each part brought to where it is needed."""
+"""The experts that can be attached to a model: each part brought to where it is needed."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from freemerge.attached.adapters import AdapterExpert
 from freemerge.attached.assignment import unknown
-from freemerge.attached.gates import GateSet, find_gates
+from freemerge.attached.gates import GateSet
 from freemerge.attached.in_place import as_host, moved
-from freemerge.checkpoint.manifest import MANIFEST, changed_files, read_manifest
+from freemerge.attached.places import Place, find_places
 from freemerge.checkpoint.torch_arrays import as_tensor
-from freemerge.errors import CheckpointError, InputError, ShapeError, listed
-from freemerge.experts.sidecar import read_expert
+from freemerge.errors import CheckpointError, InputError, listed
 from freemerge.parts import Part
-
-FOLDER = "experts"
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class ExpertSet:
 
     Args:
         label: where they are from, for messages.
-        experts: each a sidecar.Expert or a memory.MemoryExpert.
+        experts: each a sidecar.Expert or a memory.MemoryExpert (an adapters.AdapterExpert is one).
         manifest: freemerge.json of the backbone, where there is one.
         gates: what their layers have to pick them by, where they share some.
     """
@@ -37,10 +33,12 @@ class ExpertSet:
     gates: GateSet | None = None
     _on_devices: dict = field(default_factory=dict)
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor that an expert changes."""
-        return {n: tuple(part.shape) for expert in self.experts.values() for n, part in expert.tensors.items()}
+    def places(self, model: Any) -> dict[str, Place]:
+        """Where every tensor that an expert changes lies in `model`. Raises InputError, see find_places."""
+        experts = self.experts.values()
+        of_checkpoint = _shapes(expert for expert in experts if not isinstance(expert, AdapterExpert))
+        own = _shapes(expert for expert in experts if isinstance(expert, AdapterExpert))
+        return find_places(model, of_checkpoint, self.label) | find_places(model, own, self.label)
 
     def renamed(self, to: Mapping[str, str]) -> "ExpertSet":
         """The same, with other names for tensors; two that get one name have to be changed alike.
@@ -77,6 +75,10 @@ class ExpertSet:
         return self._on_devices[key]
 
 
+def _shapes(experts: Iterable[Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(part.shape) for expert in experts for name, part in expert.tensors.items()}
+
+
 class Renamed:
     """An expert by the model's names of its tensors; `problems` gets what does not go together."""
 
@@ -101,90 +103,3 @@ def _alike(expert: Any, one: str, other: str) -> bool:
         and arrays[0].keys() == arrays[1].keys()
         and all(np.array_equal(array, arrays[1][role]) for role, array in arrays[0].items())
     )
-
-
-def open_experts(source: Any) -> ExpertSet:
-    """The experts of a merged model (its folder), of a folder of experts, of one file, or in memory.
-
-    Args:
-        source: a path, or experts in memory: a mapping by name, or a sequence of them.
-
-    Raises:
-        InputError: there are none.
-        CheckpointError: with all that is wrong with their files: truncated, changed since they were written, of
-            another backbone.
-    """
-    if isinstance(source, ExpertSet):
-        return source
-    if isinstance(source, Mapping):
-        return _checked(ExpertSet("the experts given", dict(source)))
-    if isinstance(source, (str, Path)) or hasattr(source, "__fspath__"):
-        return _checked(_from_files(Path(source)))
-    return _checked(ExpertSet("the experts given", {expert.name: expert for expert in source}))
-
-
-def _from_files(source: Path) -> ExpertSet:
-    folder = source.parent if source.is_file() else source / FOLDER if (source / FOLDER).is_dir() else source
-    paths = [source] if source.is_file() else sorted(folder.glob("*.safetensors"))
-    if folder == source and any((source / name).exists() for name in (MANIFEST, "config.json")):
-        raise InputError(f"{source} has no experts: merge with a method that writes them")
-    if not paths:
-        raise InputError(f"{source} holds no experts; give a merged model, or its folder {FOLDER}")
-    manifest = read_manifest(folder.parent) if (folder.parent / MANIFEST).exists() else None
-    problems, experts = _changed_files(paths, folder.parent, manifest), []
-    if not problems:
-        for path in paths:
-            try:
-                experts.append(read_expert(path))
-            except CheckpointError as error:
-                problems += getattr(error.args[0], "listed", [str(error)])
-    if problems:
-        raise CheckpointError(listed(problems, "Copy the files again, or merge again.", outcome="nothing was changed"))
-    return ExpertSet(str(source), {expert.name: expert for expert in experts}, manifest)
-
-
-def _changed_files(paths: Sequence[Path], merged: Path, manifest: Mapping | None) -> list[str]:
-    beside = [path.parent / "shared" / other.name for path in paths[:1] for other in path.parent.glob("shared/*")]
-    return changed_files(merged, manifest or {}, [*paths, *beside])
-
-
-def _checked(found: ExpertSet) -> ExpertSet:
-    problems = [*_other_backbones(found), *_other_shapes(found.experts), *_broken_rows(found.experts)]
-    if problems:
-        raise CheckpointError(
-            listed(problems, "Attach the experts of one merge, as it wrote them.", outcome="nothing was changed")
-        )
-    return replace(found, gates=find_gates(found.experts))
-
-
-def _other_backbones(found: ExpertSet) -> list[str]:
-    backbones = {name: expert.metadata.get("backbone") for name, expert in found.experts.items()}
-    expected = found.manifest["backbone"] if found.manifest else next(iter(backbones.values()), None)
-    where = "the model beside it" if found.manifest else "the others"
-    return [
-        f"{name}: made for the backbone {backbone}, {where} is {expected}"
-        for name, backbone in backbones.items()
-        if backbone != expected
-    ]
-
-
-def _other_shapes(experts: Mapping[str, Any]) -> Iterable[str]:
-    shapes: dict[str, tuple] = {}
-    for name, expert in experts.items():
-        for tensor, part in expert.tensors.items():
-            first = shapes.setdefault(tensor, tuple(part.shape))
-            if first != tuple(part.shape):
-                yield f"{name}: {tensor} is {list(part.shape)}, {list(first)} in another expert"
-
-
-def _broken_rows(experts: Mapping[str, Any]) -> Iterable[str]:
-    """Rows that would lead out of their tensor; a file's header does not show them."""
-    for name, expert in experts.items():
-        for tensor, part in expert.tensors.items():
-            scale = expert.scale(tensor)
-            if not np.isfinite(scale):
-                yield f"{name}: {tensor} has the scale {scale}"
-            try:
-                part.check()
-            except ShapeError as error:
-                yield f"{name}: {tensor}: {error}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from freemerge.attached.attachment import attach
-from freemerge.attached.experts import open_experts
+from freemerge.attached.opening import open_experts
 from freemerge.checkpoint.reader import Checkpoint, open_checkpoint
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, InputError, UnavailableError, listed
@@ -18,6 +18,7 @@ def load(
     device: Any = None,
     dtype: Any = None,
     model_class: Any = None,
+    experts: Any = None,
     verify: bool = False,
     **options: Any,
 ) -> Any:
@@ -27,12 +28,14 @@ def load(
         model.use_expert("math")
 
     Args:
-        merged: what `freemerge merge` wrote with a method that leaves experts.
+        merged: what `freemerge merge` wrote with a method that leaves experts; with `experts`, any model.
         device: where the model goes, e.g. "cuda:1"; the CPU unless given.
         dtype: of its weights, a torch dtype or its name; that of the checkpoint unless given. Experts are then added
             to weights of this dtype.
         model_class: a transformers class, or anything with `from_pretrained`; else a callable that makes the module,
             whose state dict the checkpoint's tensors go into. The class that config.json names, unless given.
+        experts: what is attached, see `attach`: adapters, or a list of the folder itself and adapters; the experts of
+            the folder unless given.
         verify: compare the loaded tensors with the checksums written at the merge.
         options: passed on to `from_pretrained`, or to the callable.
 
@@ -49,7 +52,8 @@ def load(
     if not merged.is_dir():
         raise InputError(f"{merged} is not a folder of a merged model")
     dtype = _float_dtype(torch, dtype)
-    found = open_experts(merged)
+    # adapters fit a model or not, others are looked at before it is loaded
+    found = open_experts(merged, None) if experts is None else experts
     make = model_class or _named_class(merged)
     if hasattr(make, "from_pretrained"):
         model = make.from_pretrained(merged, **({"dtype": dtype or "auto"} | options))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from freemerge.checkpoint.adapter import CONFIG, Adapter
+from freemerge.checkpoint.low_rank import Change
 from freemerge.errors import CheckpointError, listed
 from freemerge.kernels.array import Array
 from freemerge.lora_names import part_of, saved_name
@@ -43,6 +44,10 @@ class BareAdapter:
     def rank_and_scaling(self, module: str) -> tuple[int, float]:
         """As of the Adapter."""
         return self._adapter.rank_and_scaling(module)
+
+    def changes(self, base) -> dict[str, Change]:
+        """As of the Adapter."""
+        return self._adapter.changes(base)
 
     def read(self, name: str) -> Array:
         return self._checkpoint.read(self._keys[name])

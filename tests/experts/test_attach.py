@@ -373,11 +373,11 @@ def test_damaged_files_are_refused(merged, model, tmp_path, how):
 
 
 def test_columns_that_lead_out_of_a_tensor_are_refused(merged, model):
-    from freemerge.attached.experts import open_experts
+    from freemerge.attached.opening import open_experts
     from freemerge.experts.memory import MemoryExpert
     from freemerge.parts import Rows
 
-    found = open_experts(merged).experts["math"]
+    found = open_experts(merged, None).experts["math"]
     part = found.tensors["model.norm.weight"]
     broken = MemoryExpert("broken")
     columns = part.columns + np.uint16(48)
