@@ -9,20 +9,25 @@ WHEELS := $(wildcard .whl/*.whl)
 
 .PHONY: build test demo bench gpu check clean
 
-build: $(VENV)/built
+# Packages are fetched while the C++ is compiled.
+build:
+	@$(MAKE) --no-print-directory -j2 $(VENV)/installed $(VENV)/built
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+$(VENV)/tools: | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=2.12" ruff
+	touch $@
+
 # mergekit, which tests compare results with, comes without what it requires: most of that (datasets, pandas, pyarrow) it
 # merges without, and the test extra has the rest.
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=2.12" ruff
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation --no-compile -e ".[test]"
+$(VENV)/installed: $(VENV)/tools pyproject.toml constraints.txt
+	FREEMERGE_WITHOUT_CPP=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation --no-compile -e ".[test]"
 	$(BIN)/python -m pip install -q --no-deps mergekit==0.1.5
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
+$(VENV)/built: $(VENV)/tools $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 

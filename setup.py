@@ -72,6 +72,16 @@ def packages():
     return roots, found
 
 
+CPP = Pybind11Extension(
+    "freemerge.kernels._cpu",
+    sorted(glob("bindings/*.cpp") + glob("csrc/runtime/*.cpp")),
+    include_dirs=["csrc/include", "bindings"],
+    depends=sorted(HEADERS + glob("csrc/cpu/*.cpp")),
+    extra_compile_args=COMMON,
+    extra_link_args=["-pthread"],
+    cxx_std=17,
+)
+
 roots, found = packages()
 setup(
     package_dir=roots,
@@ -82,16 +92,7 @@ setup(
         "freemerge.csrc": ["**/*.h", "**/*.cu", "**/*.cpp"],
     },
     include_package_data=False,
-    ext_modules=[
-        Pybind11Extension(
-            "freemerge.kernels._cpu",
-            sorted(glob("bindings/*.cpp") + glob("csrc/runtime/*.cpp")),
-            include_dirs=["csrc/include", "bindings"],
-            depends=sorted(HEADERS + glob("csrc/cpu/*.cpp")),
-            extra_compile_args=COMMON,
-            extra_link_args=["-pthread"],
-            cxx_std=17,
-        )
-    ],
+    # `make` compiles beside the installation
+    ext_modules=[] if os.environ.get("FREEMERGE_WITHOUT_CPP") else [CPP],
     cmdclass={"build_ext": BuildEachInstructionSet},
 )
