@@ -13,7 +13,7 @@ class WeightsLock:
     """A readers-writer lock; readers are forwards, a writer changes weights.
 
     A thread that reads may read again, inside itself. A writer waits for readers of other threads; readers who come
-    meanwhile wait for the writer.
+    meanwhile wait for the writer, and are next when it is done.
 
     A forward that ended without saying so (KeyboardInterrupt passes a module's hooks by) is found by its frame, which
     is no longer on its thread's stack when that thread comes again.
@@ -22,7 +22,8 @@ class WeightsLock:
     def __init__(self):
         self._changed = threading.Condition()
         self._readers: dict[int, list] = {}  # thread -> frames of its forwards, None for a hold that ends by itself
-        self._writers_waiting = 0
+        self._writers_waiting = self._readers_waiting = 0
+        self._readers_first = False  # those who waited for a writer that is done
         self._writing: int | None = None
 
     def begin_forward(self, frame) -> None:
@@ -63,7 +64,7 @@ class WeightsLock:
                 raise InputError("an expert cannot be switched inside a forward, or inside `with model.routed(...)`")
             self._writers_waiting += 1
             try:
-                self._changed.wait_for(lambda: not self._readers and self._writing is None)
+                self._changed.wait_for(lambda: not (self._readers or self._readers_first) and self._writing is None)
             finally:
                 self._writers_waiting -= 1
                 self._changed.notify_all()
@@ -73,6 +74,7 @@ class WeightsLock:
         finally:
             with self._changed:
                 self._writing = None
+                self._readers_first = self._readers_waiting > 0
                 self._changed.notify_all()
 
     def _begin(self, frame) -> int:
@@ -80,9 +82,18 @@ class WeightsLock:
         with self._changed:
             self._forget_interrupted(thread)
             if thread not in self._readers:
-                self._changed.wait_for(lambda: self._writing is None and not self._writers_waiting)
+                self._wait_to_read()
             self._readers.setdefault(thread, []).append(frame)
         return thread
+
+    def _wait_to_read(self) -> None:
+        self._readers_waiting += 1
+        try:
+            self._changed.wait_for(lambda: self._writing is None and (self._readers_first or not self._writers_waiting))
+        finally:
+            self._readers_waiting -= 1
+            self._readers_first = self._readers_first and self._readers_waiting > 0
+            self._changed.notify_all()
 
     def _end(self, thread: int) -> None:
         self._readers[thread].pop()

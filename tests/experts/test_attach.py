@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -320,6 +321,24 @@ def test_readers_of_one_thread_may_nest():
         pass
     with lock.reading(), pytest.raises(InputError), lock.writing():
         pass
+
+
+def test_forwards_that_waited_for_a_switch_are_next():
+    lock, order = WeightsLock(), []
+
+    def use(kind):
+        with getattr(lock, kind)():
+            order.append(kind)
+
+    threads = [threading.Thread(target=use, args=(kind,)) for kind in ("writing", "reading")]
+    with lock.writing():
+        for thread, waiting in zip(threads, ("_writers_waiting", "_readers_waiting"), strict=True):
+            thread.start()
+            while not getattr(lock, waiting):
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(30)
+    assert order == ["reading", "writing"]
 
 
 def test_experts_of_another_backbone_are_refused(merged, model, tmp_path):
