@@ -50,6 +50,7 @@ class MlpRouter(Router):
         learning_rate: float = 5e-4,
         batch: int = 1024,
         epochs: int = 50,
+        enough: float = 0.05,
         seed: int = 0,
         device: Any = None,
         features: str = LAST_HIDDEN_MEAN,
@@ -66,6 +67,8 @@ class MlpRouter(Router):
                 "vit_mlp": d -> 512 -> 256 -> T with ReLU and dropout 0.5 (the official d is 150528, of pixels).
             hidden: widths in place of the variant's.
             batch: rows of a step.
+            epochs: at most; the official code's training does not look at the loss.
+            enough: training ends after an epoch whose mean loss, in nats and with dropout, is below this; 0: never.
             seed: of the first weights, the order of rows, and dropout; torch's own generators are left alone.
             device: a torch device to train on; the CPU unless given.
             features, top_k: see Router.
@@ -85,6 +88,7 @@ class MlpRouter(Router):
             learning_rate=learning_rate,
             batch=batch,
             epochs=epochs,
+            enough=enough,
             seed=seed,
             device=device,
         )

@@ -15,18 +15,18 @@ Layers = list[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Variant:
-    """An official network; `hidden` answers its hidden widths for features of a width."""
+    """An official network; `hidden` answers its hidden widths for features of a width, dropout is 0.5 or none."""
 
     hidden: Any
     batch_norm: bool
     slope: float
-    dropout: float
+    dropout: bool
 
 
 VARIANTS = {
-    "lm": Variant(lambda width: (2 * width, 2 * width), batch_norm=True, slope=0.01, dropout=0.5),
-    "vit": Variant(lambda width: (256,), batch_norm=False, slope=0.0, dropout=0.0),
-    "vit_mlp": Variant(lambda width: (512, 256), batch_norm=False, slope=0.0, dropout=0.5),
+    "lm": Variant(lambda width: (2 * width, 2 * width), batch_norm=True, slope=0.01, dropout=True),
+    "vit": Variant(lambda width: (256,), batch_norm=False, slope=0.0, dropout=False),
+    "vit_mlp": Variant(lambda width: (512, 256), batch_norm=False, slope=0.0, dropout=True),
 }
 
 
@@ -38,6 +38,7 @@ def train(
     learning_rate: float,
     batch: int,
     epochs: int,
+    enough: float,
     seed: int,
     device: Any,
 ) -> tuple[Layers, float]:
@@ -46,7 +47,7 @@ def train(
         import torch
     except ImportError as error:
         raise UnavailableError(f"training a router: {error}; pip install torch, or use PrototypeRouter") from None
-    shape = _checked(variant, hidden, learning_rate, batch, epochs, len(examples.features))
+    shape = _checked(variant, hidden, learning_rate, batch, epochs, enough, len(examples.features))
     device = torch.device(device or "cpu")
     # The caller may be under inference_mode, where nothing learns; and its random numbers are its own.
     with (
@@ -59,25 +60,32 @@ def train(
         network = _network(examples.features.shape[1], widths, len(examples.experts), shape).to(device).train()
         features = torch.from_numpy(examples.features).to(device)
         labels = torch.from_numpy(examples.indices).to(device)
-        optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+        optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
         for _ in range(epochs):
+            total = 0.0
             for rows in _batches(torch.randperm(len(features)).to(device), batch):
                 optimizer.zero_grad()
                 loss = torch.nn.functional.cross_entropy(network(features[rows]), labels[rows])
                 loss.backward()
                 optimizer.step()
-        if not math.isfinite(loss.item()):
-            raise InputError(f"the router's training diverged (loss {loss.item()}): lower the learning rate")
+                total += loss.detach() * len(rows)
+            mean = float(total) / len(features)
+            if not math.isfinite(mean):
+                raise InputError(f"the router's training diverged (loss {mean}): lower the learning rate")
+            if mean < enough:
+                break
     return _folded(network.cpu()), shape.slope
 
 
-def _checked(variant: str, hidden, learning_rate: float, batch: int, epochs: int, rows: int) -> Variant:
+def _checked(variant: str, hidden, learning_rate: float, batch: int, epochs: int, enough: float, rows: int) -> Variant:
     if variant not in VARIANTS:
         raise InputError(f"no router variant {variant!r}: there are {', '.join(VARIANTS)}")
     if hidden is not None and not all(type(width) is int and width > 0 for width in hidden):
         raise InputError(f"hidden {list(hidden)}: widths of layers, whole numbers above 0")
     if not (learning_rate > 0 and batch > 1 and epochs > 0):
         raise InputError(f"learning_rate {learning_rate} and epochs {epochs} are above 0, batch {batch} above 1")
+    if not enough >= 0:
+        raise InputError(f"enough {enough}: a loss, 0 to train all epochs")
     if VARIANTS[variant].batch_norm and rows < 2:
         raise InputError("one example: a router with batch norm needs two or more")
     return VARIANTS[variant]
@@ -86,10 +94,13 @@ def _checked(variant: str, hidden, learning_rate: float, batch: int, epochs: int
 def _network(width: int, hidden: Sequence[int], count: int, shape: Variant):
     from torch import nn
 
+    from freemerge.routers.half_dropout import HalfDropout
+
     layers: list[nn.Module] = []
     for after in hidden:
         norm = [nn.BatchNorm1d(after)] if shape.batch_norm else []
-        layers += [nn.Linear(width, after), *norm, nn.LeakyReLU(shape.slope), nn.Dropout(shape.dropout)]
+        dropout = [HalfDropout()] if shape.dropout else []
+        layers += [nn.Linear(width, after), *norm, nn.LeakyReLU(shape.slope), *dropout]
         width = after
     return nn.Sequential(*layers, nn.Linear(width, count))
 

@@ -22,6 +22,7 @@ from freemerge.routers import (
     mlp_training,
 )
 from freemerge.routers.assignment import choose
+from freemerge.routers.half_dropout import HalfDropout
 from freemerge.testing import tiny_llama, tiny_llama_config, write_checkpoint, write_safetensors
 
 EXPERTS = ("math", "code", "law")
@@ -134,7 +135,7 @@ def test_the_official_networks_have_the_official_shapes():
     assert linears("vit", 512) == [(512, 256), (256, 8)]
     assert linears("vit_mlp", 768) == [(768, 512), (512, 256), (256, 8)]
     names = [type(module).__name__ for module in network("lm", 12)]
-    assert names == ["Linear", "BatchNorm1d", "LeakyReLU", "Dropout"] * 2 + ["Linear"]
+    assert names == ["Linear", "BatchNorm1d", "LeakyReLU", "HalfDropout"] * 2 + ["Linear"]
     activations = [m for m in network("lm", 12) if isinstance(m, (torch.nn.LeakyReLU, torch.nn.Dropout))]
     assert [getattr(m, "p", getattr(m, "negative_slope", None)) for m in activations] == [0.01, 0.5, 0.01, 0.5]
 
@@ -155,6 +156,31 @@ def test_training_depends_on_the_seed_and_leaves_torch_as_it_was():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_training_ends_where_there_is_little_left_to_learn():
+    def fit(**options):
+        return MlpRouter.fit(clusters(), hidden=(8,), batch=16, learning_rate=0.01, **options).arrays["layers.0.weight"]
+
+    last = fit(epochs=100, enough=0.2)
+    fits = [fit(epochs=epochs, enough=0) for epochs in range(1, 30)]
+    assert 3 < next(i for i, weight in enumerate(fits) if np.array_equal(weight, last)) < 28
+
+
+def test_dropout_keeps_half_of_the_entries_and_twice_their_size():
+    dropout = HalfDropout()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.full((101, 103), 1.5, requires_grad=True)
+        y = dropout(x)
+        assert not torch.equal(y, dropout(x))
+    assert set(y.unique().tolist()) == {0.0, 3.0}
+    assert abs((y > 0).float().mean() - 0.5) < 0.025  # five standard deviations
+    for along in (0, 1):  # no row or column is treated otherwise: six standard deviations
+        assert ((y > 0).float().mean(along) - 0.5).abs().max() < 0.3
+    y.sum().backward()
+    assert torch.equal(x.grad, (y > 0) * 2.0)
+    assert dropout.eval()(x) is x
+
+
 def test_a_last_row_alone_joins_the_batch_before():
     sizes = [len(rows) for rows in mlp_training._batches(torch.arange(33), 8)]
     assert sizes == [8, 8, 8, 9]
@@ -170,6 +196,7 @@ def test_a_last_row_alone_joins_the_batch_before():
         ({"hidden": (0,)}, "widths of layers"),
         ({"epochs": 0}, "above 0"),
         ({"batch": 1}, "above 1"),
+        ({"enough": float("nan")}, "enough nan: a loss"),
         ({"learning_rate": 1e30, "hidden": (4,), "epochs": 5}, "diverged"),
         ({"top_k": 4, "epochs": 1}, "top_k 4: from 1 to 3"),
     ],
