@@ -1,15 +1,15 @@
 """Experts in a running model against the bars: switching, a mixed batch, memory.
 
     python benchmarks/experts.py                         all of it: ten minutes on 2 cores, 12 GiB
-    python benchmarks/experts.py --only encoder_batch    some
+    python benchmarks/experts.py --only encoder_4,switch  some
     python benchmarks/experts.py --layers 1              in small
 
 Eight experts of 1 % of the weights, at random places. Each case is a process of its own, in which everything that is
 compared takes turns; medians of ROUNDS. Rows are appended to benchmarks/results/experts.csv.
 
 switch          use_expert on the 1.1 B Llama in bfloat16, against loading its file from the page cache
-encoder_batch   6 layers of 768, float32: 32 rows of 16 tokens over 8 experts
-decoder_batch   the 1.1 B Llama, float32: one token of each of 32 rows, as in generation, but with no cache of keys
+encoder_4, _16  6 layers of 768, float32: 32 rows of 4 or 16 tokens over 8 experts
+decoder         the 1.1 B Llama, float32: one token of each of 32 rows, as in generation, but with no cache of keys
 *_memory        what a process holds more with 8 experts than with one, each used in place and routed, against 7 files
 """
 
@@ -32,7 +32,6 @@ import results
 from bars import at_least, at_most
 
 RESULTS = Path(__file__).parent / "results" / "experts.csv"
-CASES = ("switch", "encoder_batch", "decoder_batch", "encoder_memory", "decoder_memory")
 EXPERTS, DENSITY, ROWS = 8, 0.01, 32
 ROUNDS = 7
 SWITCH_BAR, DENSE_BAR, SWAP_BAR, MEMORY_BAR = 0.03, 1.3, 4.0, 1.05
@@ -67,22 +66,6 @@ def switch(layers: int | None, folder: Path) -> dict[str, float]:
         "taken out": lambda: model.use_expert(None),
     }
     return in_turns(steps)
-
-
-def encoder_batch(layers: int | None, folder: Path) -> dict[str, float]:
-    return mixed_batch(encoder(layers), 16, folder)
-
-
-def decoder_batch(layers: int | None, folder: Path) -> dict[str, float]:
-    return mixed_batch(decoder(layers), 1, folder)
-
-
-def encoder_memory(layers: int | None, folder: Path) -> dict[str, float]:
-    return memory(encoder(layers), folder)
-
-
-def decoder_memory(layers: int | None, folder: Path) -> dict[str, float]:
-    return memory(decoder(layers), folder)
 
 
 def mixed_batch(model, tokens: int, folder: Path) -> dict[str, float]:
@@ -194,6 +177,16 @@ def in_turns(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return {name: 1e3 * statistics.median(found[1:]) for name, found in times.items()}
 
 
+CASES: dict[str, Callable[[int | None, Path], dict[str, float]]] = {
+    "switch": switch,
+    "encoder_4": lambda layers, folder: mixed_batch(encoder(layers), 4, folder),
+    "encoder_16": lambda layers, folder: mixed_batch(encoder(layers), 16, folder),
+    "decoder": lambda layers, folder: mixed_batch(decoder(layers), 1, folder),
+    "encoder_memory": lambda layers, folder: memory(encoder(layers), folder),
+    "decoder_memory": lambda layers, folder: memory(decoder(layers), folder),
+}
+
+
 # ---- the report ----
 
 
@@ -269,6 +262,6 @@ def in_process(case: str, layers: int | None) -> dict[str, float]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         case, layers, folder = sys.argv[2:]
-        print(json.dumps(globals()[case](json.loads(layers), Path(folder))))
+        print(json.dumps(CASES[case](json.loads(layers), Path(folder))))
     else:
         main()

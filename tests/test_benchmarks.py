@@ -323,7 +323,7 @@ def test_switching_and_batches_have_their_bars(experts):
     switched = {"file read": 1000, "expert put in place": 20, "changed for another": 60, "taken out": 10}
     assert [row[-1] for row in experts.judge("switch", switched)] == ["met", "missed: 2.00 of the bar", "met"]
     batch = {"dense": 100, "routed": 120, "switched": 400, "swapped": 600}
-    assert [row[2:] for row in experts.judge("encoder_batch", batch)] == [
+    assert [row[2:] for row in experts.judge("encoder_16", batch)] == [
         ("1.20 x dense", "met"),
         ("5.0 x faster than swapped models", "met"),
     ]
