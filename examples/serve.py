@@ -30,6 +30,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve_batches import ROUTER, Engine, Request, emitter
 from serve_metrics import Metrics
+from starlette.exceptions import HTTPException
 
 import freemerge
 from freemerge.errors import InputError
@@ -111,6 +112,9 @@ class Service:
         except UnicodeEncodeError:
             raise Refused(400, "malformed", "prompt: half a character (a lone surrogate)") from None
         longest = self._longest_prompt(body.max_new_tokens)
+        if longest < 1:
+            message = f"max_new_tokens {body.max_new_tokens} leaves no room for a prompt in the model's context"
+            raise Refused(400, "too_long", message)
         if not 0 < len(ids) <= longest:
             message = f"the prompt has {len(ids)} tokens, allowed are 1 to {longest}"
             raise Refused(400, "too_long" if ids else "empty", message)
@@ -148,6 +152,11 @@ def create_app(service: Service) -> FastAPI:
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse({"error": {"type": error.kind, "message": str(error)}}, error.status, headers)
 
+    @app.exception_handler(HTTPException)
+    async def no_such_page(_: HttpRequest, error: HTTPException) -> JSONResponse:
+        kind = error.detail.lower().replace(" ", "_")
+        return JSONResponse({"error": {"type": kind, "message": error.detail}}, error.status_code, error.headers)
+
     @app.get("/health")
     def health() -> JSONResponse:
         well = service.engine.alive
@@ -176,7 +185,7 @@ def create_app(service: Service) -> FastAPI:
         submit(service.engine, request)
         if body.stream:
             return StreamingResponse(streamed(service, request, events), media_type="text/event-stream")
-        return await whole(service, request, events)
+        return await whole(service, http, request, events)
 
     return app
 
@@ -200,18 +209,27 @@ def submit(engine: Engine, request: Request) -> None:
         raise Refused(429, "busy", "too many requests wait; try again") from None
 
 
-async def whole(service: Service, request: Request, events: asyncio.Queue) -> dict[str, Any]:
-    """The answer of a request that is not streamed."""
+async def whole(service: Service, http: HttpRequest, request: Request, events: asyncio.Queue) -> dict[str, Any]:
+    """The answer of a request that is not streamed; a client that goes away ends it."""
+    watching = asyncio.create_task(cancelled_by(http, request))
     try:
         text = ""
         while "text" in (event := await events.get()):
             text += event["text"]
     finally:
-        request.cancelled = True  # where the client has gone; else it is done
+        request.cancelled = True  # where this task is cancelled; else it is done
+        watching.cancel()
     if "error" in event:
         raise Refused(500, "failed", event["error"])
     service.metrics.requests.add("200")
     return {"text": text} | {key: value for key, value in event.items() if key != "done"}
+
+
+async def cancelled_by(http: HttpRequest, request: Request) -> None:
+    """Cancel the request when its client goes away; its body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    request.cancelled = True
 
 
 async def streamed(service: Service, request: Request, events: asyncio.Queue) -> AsyncIterator[str]:

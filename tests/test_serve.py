@@ -31,7 +31,7 @@ from freemerge.routers import LastHiddenMean, PrototypeRouter  # noqa: E402
 from freemerge.testing import tiny_llama, tiny_llama_config, tiny_tokenizer, write_checkpoint  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "examples"))
-from serve import Limits, Service, create_app  # noqa: E402
+from serve import Limits, Refused, Service, create_app  # noqa: E402
 
 EXPERTS = ("math", "code", "law")
 PROMPTS = ("a b", "the sum of c and d", "x", "one two three four five", "zz top", "abc abd abe")
@@ -223,6 +223,14 @@ def test_bad_requests_are_refused_with_what_is_wrong(address, body, status, kind
     assert post(address, {"prompt": "a", "expert": None, "max_new_tokens": 1}).status_code == 200  # and it goes on
 
 
+def test_pages_that_are_not_there_and_prompts_without_room(address, merged):
+    for answer in (httpx.get(f"{address}/nowhere"), httpx.get(f"{address}/generate")):
+        assert answer.status_code in (404, 405)
+        assert answer.json()["error"]["type"] in ("not_found", "method_not_allowed")
+    with pytest.raises(Refused, match="max_new_tokens 96 leaves no room for a prompt"):
+        Service.load(str(merged), Limits()).checked(b'{"prompt": "a", "expert": null, "max_new_tokens": 96}')
+
+
 def test_health_experts_and_metrics(address):
     health = httpx.get(f"{address}/health")
     assert (health.status_code, health.json()["status"]) == (200, "ok")
@@ -239,13 +247,18 @@ def test_health_experts_and_metrics(address):
         assert re.fullmatch(r"# (HELP|TYPE) \S+ .+|\w+(\{\w+=\"[^\"]*\"\})? \S+", line) or 'le="' in line
 
 
-def test_a_client_that_goes_away_ends_its_generation(merged):
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_generation(merged, stream):
     service = Service.load(str(merged), Limits(patience=0.0))
     steps = slow_down(service, 0.05)
     with running(service) as (address, _):
-        body = {"prompt": "a b", "expert": "math", "max_new_tokens": 60, "stream": True, "temperature": 1.0}
-        with httpx.stream("POST", f"{address}/generate", json=body, timeout=60) as answer:
-            next(answer.iter_lines())
+        body = {"prompt": "a b", "expert": "math", "max_new_tokens": 60, "stream": stream, "temperature": 1.0}
+        if stream:
+            with httpx.stream("POST", f"{address}/generate", json=body, timeout=60) as answer:
+                next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{address}/generate", json=body, timeout=httpx.Timeout(60, read=0.3))
         wait_for(lambda: metric(address, 'freemerge_generations_total{expert="math"}') == 1)
     assert len(steps) < 50
 
