@@ -24,12 +24,13 @@ class Derived:
 
     def parts(self, name: str, work: Work) -> list[tuple[int, Part, float]]:
         """(expert, part, scale) of a tensor, of those experts that the assignment uses."""
+        tensor = self._attachment.places[name].tensor
+        found = self._while_it_stays(("parts", name), tensor, lambda: self._parts_of_all(name))
+        return [part for part in found if work.used[part[0]]]
+
+    def _parts_of_all(self, name: str) -> list[tuple[int, Part, float]]:
         found = self._attachment.found.experts
-        return [
-            (e, *self.part(expert, name))
-            for e, expert in enumerate(found)
-            if work.used[e] and name in found[expert].tensors
-        ]
+        return [(e, *self.part(expert, name)) for e, expert in enumerate(found) if name in found[expert].tensors]
 
     def part(self, expert: str, name: str) -> tuple[Part, float]:
         """What an expert adds to a tensor, and its scale: one that replaces entries, as what it then adds."""
@@ -41,8 +42,8 @@ class Derived:
 
     def added(self, name: str, experts: Sequence[str]) -> Any:
         """What each of `experts` adds to a vector, float32 [E, n], where it lies; zeros of one without a part."""
-        tensor = self._attachment.places[name].tensor.detach()
-        return self._while_it_stays(("added", name), tensor, lambda: self._stacked(name, tensor, experts))
+        tensor, key = self._attachment.places[name].tensor.detach(), ("added", name, tuple(experts))
+        return self._while_it_stays(key, tensor, lambda: self._stacked(name, tensor, experts))
 
     def _stacked(self, name: str, vector: Any, experts: Sequence[str]) -> Any:
         found, zero = self._attachment.found.experts, torch.zeros(vector.shape, device=vector.device)
@@ -57,7 +58,7 @@ class Derived:
         tensor = self._attachment.places[name].tensor.detach()
         if tensor.ndim == 1 and work.chosen is not None:
             alone = self._while_it_stays(("alone", name), tensor, lambda: self._each_alone(name, tensor))
-            return alone[torch.as_tensor(work.chosen, device=tensor.device)]
+            return alone[work.placed("chosen", tensor)]
         found = [self._with(name, tensor, mixture) for mixture in work.mixtures]
         return torch.stack(found) if tensor.ndim == 1 else found
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from freemerge.attached.in_place import as_array, as_host
-from freemerge.checkpoint.torch_arrays import as_tensor, placed_like, to_torch
+from freemerge.attached.in_place import as_array, as_host, on_host
+from freemerge.checkpoint.torch_arrays import as_tensor, placed_like
 from freemerge.kernels.add_expert_products import multiply_experts
 from freemerge.kernels.apply_sparse_rows import apply_sparse_rows
 from freemerge.kernels.array import Array, SparseRows, column_dtype, dtype_of, empty, is_tensor, rows_of
@@ -86,16 +86,29 @@ def add_part_rows(total: Any, mine: Any, ids: Any, part: Part, factors: Any) -> 
             dense(part)[ids] if not isinstance(part, LowRank) else as_tensor(part.left)[ids] @ as_tensor(part.right)
         )
         total.index_add_(0, mine, chosen * factors[:, None])
-        return
-    torch = sys.modules["torch"]
-    offsets = as_tensor(part.offsets)
-    begin = offsets[ids]
-    counts = offsets[ids + 1] - begin
+    elif on_host(total):
+        _add_entries_on_host(*map(as_array, (total, mine, ids)), part, as_array(factors))
+    else:
+        _add_entries(total, mine, ids, part, factors)
+
+
+def _add_entries(total: Any, mine: Any, ids: Any, part: Rows, factors: Any) -> None:
+    torch, begin = sys.modules["torch"], part.offsets[ids]
+    counts = part.offsets[ids + 1] - begin
     token = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
     entry = torch.arange(len(token), device=ids.device) + (begin - counts.cumsum(0) + counts)[token]
-    columns, values = _taken(part.columns, entry), _taken(part.values, entry)
+    columns = part.columns.to(torch.int64)[entry]
     # of one expert, no place comes twice: nothing depends on the order
-    total.index_put_((mine[token], columns), values * factors[token], accumulate=True)
+    total.index_put_((mine[token], columns), part.values[entry] * factors[token], accumulate=True)
+
+
+def _add_entries_on_host(total: Array, mine: Array, ids: Array, part: Rows, factors: Array) -> None:
+    """The same in NumPy, whose calls take a tenth of torch's: a batch looks up few entries."""
+    begin = part.offsets[ids]
+    counts = part.offsets[ids + 1] - begin
+    token = np.repeat(np.arange(len(ids)), counts)
+    entry = np.arange(len(token)) + (begin - counts.cumsum() + counts)[token]
+    total[mine[token], part.columns[entry]] += part.values[entry] * factors[token]
 
 
 def changed(tensor: Any, parts: Sequence[tuple[Part, float]]) -> Any:
@@ -168,13 +181,6 @@ def _share(weights: Array, expert: int, n: int, device) -> tuple[Any, Any]:
     each = n // len(column)
     mine = (groups[:, None] * each + torch.arange(each, device=device)).reshape(-1)
     return mine, column[groups].repeat_interleave(each)
-
-
-def _taken(array: Array, index: Any) -> Any:
-    if is_tensor(array):
-        return array.to(sys.modules["torch"].int64)[index] if not array.is_floating_point() else array[index]
-    found = array[index.numpy()]
-    return to_torch(found.astype(np.int64) if found.dtype.kind == "u" else found)
 
 
 def _contiguous(weights: Array) -> Array:

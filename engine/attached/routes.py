@@ -101,16 +101,15 @@ class LinearRoute(Route):
             lines = y.view(-1, y.shape[-1])
             add_linear(tokens, lines, weight_parts, work.weights(y), transposed=self._transposed)
         if self._bias and self.parts(work, self._bias):
-            groups = len(work.mixture_of)
-            y.view(groups, -1, y.shape[-1]).add_(self._biases(work)[:, None])
+            y.view(len(work.groups), -1, y.shape[-1]).add_(self._biases(work, y)[:, None])
         return learns_nothing(output, y)
 
-    def _biases(self, work: Work) -> Any:
+    def _biases(self, work: Work, y: Any) -> Any:
         """float32 [G, H]: what to add to the backbone's bias."""
         key = "bias", self._bias
         if key not in work.known:
-            bias = self.attachment.places[self._bias].tensor.detach().float()
-            work.known[key] = (self.mixed(work, self._bias).float() - bias)[work.placed("mixture_of", bias)]
+            added = self.attachment.derived.added(self._bias, tuple(self.attachment.found.experts))
+            work.known[key] = work.placed("groups", y) @ added
         return work.known[key]
 
 

@@ -7,7 +7,7 @@ from parts_of_kinds import experts_for
 from torch import nn
 
 import freemerge
-from freemerge.attached import active, in_place
+from freemerge.attached import active, in_place, products
 from freemerge.checkpoint.torch_arrays import from_torch
 
 IDS = torch.arange(24).view(4, 6) % 20
@@ -30,7 +30,7 @@ def move(model, experts, monkeypatch):
     model.detach_experts()
     freemerge.attach(model.to(DEVICE), experts)
     if DEVICE == "cpu":
-        for module in (in_place, active):
+        for module in (in_place, active, products):
             monkeypatch.setattr(module, "on_host", lambda tensor: False)
 
 
