@@ -43,15 +43,13 @@ class GatedLinear:
         tokens = x.detach().reshape(-1, x.shape[-1]).float()
         lines = output.detach().reshape(-1, output.shape[-1])
         total = lines.clone() if lines.dtype == torch.float64 else lines.float()
-        weights = gate_weights(tokens, found.gate(self.weight, output), len(found.gates.experts), self.top_k)
-        add_chosen(tokens, total, [self._part(expert) for expert in found.gates.experts], weights)
+        experts = found.gates.experts
+        weights = gate_weights(tokens, found.gate(self.weight, output), len(experts), self.top_k)
+        held = [t for t, expert in enumerate(experts) if self.weight in found.experts[expert].tensors]
+        add_chosen(tokens, total, [derived.part(experts[t], self.weight) for t in held], weights[:, held])
         if self.bias:
-            total += weights @ derived.added(self.bias, found.gates.experts)
+            total += weights @ derived.added(self.bias, experts)
         return total.to(output.dtype).view(output.shape)
-
-    def _part(self, expert: str) -> Any:
-        held = self.weight in self.attachment.found.experts[expert].tensors
-        return self.attachment.derived.part(expert, self.weight) if held else None
 
 
 def gate_weights(tokens: Any, gate: Any, experts: int, top_k: int) -> Any:

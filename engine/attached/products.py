@@ -35,32 +35,29 @@ def add_linear(x: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weigh
         multiply_experts(as_array(x), rows, [scale for *_, scale in sparse], _contiguous(chosen), as_array(out))
     others = [(e, part, scale) for e, part, scale in parts if not isinstance(part, Rows)]
     if others:
-        total = out.float()
-        for e, part, scale in others:
-            mine, share = _share(weights, e, len(x), out.device)
-            if len(mine):
-                product = _product(x[mine].float(), part, transposed) * (share * scale)[:, None]
-                total.index_add_(0, mine, product)
-        out.copy_(total)
+        each = as_tensor(weights)[:, [e for e, *_ in others]].to(out.device)
+        add_chosen(x, out, [found for _, *found in others], each.repeat_interleave(len(x) // len(each), 0), transposed)
 
 
-def add_chosen(x: Any, total: Any, parts: Sequence[tuple[Part, float] | None], weights: Any) -> None:
-    """total[i] += sum over e of weights[i, e] * scale * (part e of x[i]); a part meets only tokens that weigh it.
+def add_chosen(x: Any, out: Any, parts: Sequence[Sequence], weights: Any, transposed: bool = False) -> None:
+    """out[i] += sum over e of weights[i, e] * scale * (part e of x[i]); a part meets only tokens that weigh it.
 
     Args:
-        x: float32 [n, width]; total: float32 or float64 [n, H], changed in place.
-        parts: E (part, scale), each [H, width], or None.
+        x: [n, width]; out: [n, H], changed in place.
+        parts: E (part, scale), each [H, width], or [width, H] where `transposed`; of kinds other than rows.
         weights: float32 [n, E].
     """
-    torch, chosen = sys.modules["torch"], weights.T
-    expert, token = chosen.nonzero(as_tuple=True)
+    torch, shares = sys.modules["torch"], weights.T
+    expert, token = shares.nonzero(as_tuple=True)
     counts = torch.bincount(expert, minlength=len(parts)).tolist()
-    shares = chosen[expert, token].split(counts)
-    for found, mine, share in zip(parts, token.split(counts), shares, strict=True):
-        if found is not None and len(mine):
-            part, scale = found
-            product = _product(x[mine], part, False) * (share * scale)[:, None]
-            total.index_add_(0, mine, product.to(total.dtype))
+    factors = shares[expert, token][:, None]
+    total = out if out.dtype in (torch.float32, torch.float64) else out.float()
+    # one expert after the other, as the order of sums would be any on a GPU
+    for (part, scale), mine, factor in zip(parts, token.split(counts), factors.split(counts), strict=True):
+        if len(mine):
+            total.index_add_(0, mine, _product(x[mine].float(), part, factor * scale, transposed).to(total.dtype))
+    if total is not out:
+        out.copy_(total)
 
 
 def add_rows(ids: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weights: Array) -> None:
@@ -160,13 +157,14 @@ def dense(part: Part) -> Any:
     return out
 
 
-def _product(x: Any, part: Part, transposed: bool) -> Any:
+def _product(x: Any, part: Part, factors: Any, transposed: bool) -> Any:
+    """factors[i] * (part x[i]), float32 [n, H]."""
     if isinstance(part, LowRank):
-        first, second = (part.left, part.right) if transposed else (part.right, part.left)
-        first, second = as_tensor(first), as_tensor(second)
-        return (x @ first) @ second if transposed else (x @ first.T) @ second.T
+        left, right = as_tensor(part.left), as_tensor(part.right)
+        first, second = (left, right) if transposed else (right.T, left.T)
+        return (x @ first).mul_(factors) @ second
     matrix = dense(part)
-    return x @ matrix if transposed else x @ matrix.T
+    return (x @ (matrix if transposed else matrix.T)).mul_(factors)
 
 
 def _float32(array: Array) -> Array:

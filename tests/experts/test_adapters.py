@@ -39,7 +39,7 @@ ADAPTERS = {
         },
     ),
     "bert": (
-        {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+        {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", "lora_bias": True},
         {"r": 2, "target_modules": ["query", "dense"], "bias": "all"},
         {"r": 4, "target_modules": ["key", "word_embeddings"], "modules_to_save": ["classifier"]},
     ),

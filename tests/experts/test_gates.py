@@ -315,8 +315,7 @@ def test_a_part_meets_only_the_tokens_that_chose_it():
     x, total = torch.from_numpy(random_array((6, 4), np.float32, 9)), torch.zeros(6, 5, dtype=torch.float64)
     x[5] = torch.nan  # chosen by nobody
     weights = torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5], [0, 1, 0], [0, 0, 1], [0.2, 0.3, 0.5], [0, 0, 0]])
-    add_chosen(x, total, [*parts[:2], None], weights)
-    add_chosen(x, total, [None, None, parts[2]], weights)
+    add_chosen(x, total, parts, weights)
     for i in range(5):
         scaled = sum(float(w) * s * m for w, s, m in zip(weights[i], (0.5, 0.5, 2.0), matrices, strict=True))
         np.testing.assert_allclose(total[i].numpy(), scaled @ x[i].numpy(), rtol=1e-5, atol=1e-6)  # float32 products
