@@ -11,6 +11,7 @@ import numpy as np
 from freemerge.attached.adapters import AdapterExpert, is_adapter
 from freemerge.attached.experts import ExpertSet
 from freemerge.attached.gates import find_gates
+from freemerge.checkpoint.bare_adapter import WEIGHTS
 from freemerge.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from freemerge.errors import CheckpointError, InputError, ShapeError, gathered, listed
 from freemerge.experts.sidecar import read_expert
@@ -63,6 +64,7 @@ def _open(name: str | None, item: Any, model: Any) -> ExpertSet:
             )
         return ExpertSet(GIVEN, {name or item.name: item})
     path = Path(item)
+    path = path.parent if path.name == WEIGHTS else path
     if is_adapter(path):
         if model is None:
             raise InputError(f"{path} is a LoRA adapter; load its model with it: freemerge.load(MODEL, experts=...)")

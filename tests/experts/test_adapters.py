@@ -160,7 +160,7 @@ def test_one_folder_or_a_list_of_them(trained):
     model = freemerge.attach(new_model("llama"), str(folders["math"]))
     assert model.experts == ("math",)
     model.detach_experts()
-    freemerge.attach(model, [folders["code"], folders["math"]])
+    freemerge.attach(model, [folders["code"], folders["math"] / "adapter_model.safetensors"])
     assert model.experts == ("code", "math")
     model.use_expert("math")
     torch.testing.assert_close(logits(model), answers["math"], **F32)
