@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from freemerge.attached.gates import REMEDY, Gates, GateSet
-from freemerge.attached.products import add_chosen
+from freemerge.attached.products import add_chosen, columns_of
 from freemerge.attached.routes import LinearRoute, Path, ReplayRoute, Route
 from freemerge.errors import InputError, listed
 from freemerge.kernels.array import Array, is_tensor
@@ -46,7 +46,8 @@ class GatedLinear:
         experts = found.gates.experts
         weights = gate_weights(tokens, found.gate(self.weight, output), len(experts), self.top_k)
         held = [t for t, expert in enumerate(experts) if self.weight in found.experts[expert].tensors]
-        add_chosen(tokens, total, [derived.part(experts[t], self.weight) for t in held], weights[:, held])
+        parts = [derived.part(experts[t], self.weight) for t in held]
+        add_chosen(tokens, total, parts, columns_of(weights, held))
         if self.bias:
             total += weights @ derived.added(self.bias, experts)
         return total.to(output.dtype).view(output.shape)

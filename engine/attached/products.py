@@ -29,14 +29,19 @@ def add_linear(x: Any, out: Any, parts: Sequence[tuple[int, Part, float]], weigh
     """
     sparse = [(e, part, scale) for e, part, scale in parts if isinstance(part, Rows)]
     if sparse:
-        columns = [e for e, _, _ in sparse]
-        chosen = weights[:, columns] if len(columns) < weights.shape[1] else weights
+        chosen = _contiguous(columns_of(weights, [e for e, _, _ in sparse]))
         rows = [turned(part) if transposed else part for _, part, _ in sparse]
-        multiply_experts(as_array(x), rows, [scale for *_, scale in sparse], _contiguous(chosen), as_array(out))
+        multiply_experts(as_array(x), rows, [scale for *_, scale in sparse], chosen, as_array(out))
     others = [(e, part, scale) for e, part, scale in parts if not isinstance(part, Rows)]
     if others:
-        each = as_tensor(weights)[:, [e for e, *_ in others]].to(out.device)
-        add_chosen(x, out, [found for _, *found in others], each.repeat_interleave(len(x) // len(each), 0), transposed)
+        groups = as_tensor(columns_of(weights, [e for e, _, _ in others])).to(out.device)
+        each = groups.repeat_interleave(len(x) // len(groups), 0)
+        add_chosen(x, out, [(part, scale) for _, part, scale in others], each, transposed)
+
+
+def columns_of(weights: Array, columns: Sequence[int]) -> Array:
+    """Those of the experts; columns go to a GPU for it, so all are taken as they are."""
+    return weights[:, columns] if len(columns) < weights.shape[1] else weights
 
 
 def add_chosen(x: Any, out: Any, parts: Sequence[Sequence], weights: Any, transposed: bool = False) -> None:
