@@ -28,8 +28,8 @@ names in the order of the merge; each expert that needs it carries the same fing
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,22 +173,31 @@ def _checksum(arrays: Sequence[Array]) -> str:
     return checksum("".join(checksum(array) for array in arrays).encode())
 
 
+class _Views:
+    """The arrays of a mapped file, by their names."""
+
+    def __init__(self, mapped: Any, header: Header):
+        self._mapped, self._infos = mapped, header.tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self._infos[name]
+        return np.ndarray(info.shape, info.dtype, buffer=self._mapped, offset=info.offset)
+
+
 class Shared:
     """A file of what experts share, mapped; arrays are read-only views."""
 
     def __init__(self, path: Path, header: Header):
-        self.path, self.metadata, self._infos = path, header.metadata, header.tensors
-        self._map = mapping.map_file(path)
-
-    @cached_property
-    def tensors(self) -> dict[str, dict[str, np.ndarray]]:
+        self.path, self.metadata = path, header.metadata
+        views = _Views(mapping.map_file(path), header)
+        self.tensors: dict[str, dict[str, np.ndarray]] = {}
         """Tensor -> role -> array."""
-        found: dict[str, dict[str, np.ndarray]] = {}
-        for entry, info in self._infos.items():
+        for entry in header.tensors:
             role, _, name = entry.partition("/")
-            view = np.ndarray(info.shape, info.dtype, buffer=self._map, offset=info.offset)
-            found.setdefault(name, {})[role] = view
-        return found
+            self.tensors.setdefault(name, {})[role] = views[entry]
 
 
 class Expert:
@@ -197,9 +206,11 @@ class Expert:
     def __init__(self, path: Path, header: Header, shared: Shared | None = None):
         self.path, self.shared = path, shared
         self.metadata = {key: value for key, value in header.metadata.items() if key != "tensors"}
-        self._facts = json.loads(header.metadata["tensors"])
-        self._infos = header.tensors
-        self._map = mapping.map_file(path)
+        facts, held = json.loads(header.metadata["tensors"]), shared.tensors if shared else {}
+        self._scales = {name: fact["scale"] for name, fact in facts.items()}
+        views = _Views(mapping.map_file(path), header)
+        self.tensors: dict[str, Part] = {n: _part(n, fact, views, held.get(n, {})) for n, fact in facts.items()}
+        """The part of every tensor the expert changes, by its name."""
 
     @property
     def name(self) -> str:
@@ -209,23 +220,14 @@ class Expert:
     def mode(self) -> str:
         return self.metadata["mode"]
 
-    @cached_property
-    def tensors(self) -> dict[str, Part]:
-        """The part of every tensor the expert changes, by its name."""
-        shared = self.shared.tensors if self.shared else {}
-        return {name: self._part(name, facts, shared.get(name, {})) for name, facts in self._facts.items()}
-
     def scale(self, name: str) -> float:
-        return self._facts[name]["scale"]
+        return self._scales[name]
 
-    def _part(self, name: str, facts: dict, shared: Mapping[str, Array]) -> Part:
-        kind = KINDS[_kind(facts)]
-        views = {role: self._view(f"{role}/{name}") for role in kind.roles if f"{role}/{name}" in self._infos}
-        return kind.of(tuple(facts["shape"]), views, shared)
 
-    def _view(self, name: str) -> np.ndarray:
-        info = self._infos[name]
-        return np.ndarray(info.shape, info.dtype, buffer=self._map, offset=info.offset)
+def _part(name: str, facts: Mapping[str, Any], views: _Views, shared: Mapping[str, Array]) -> Part:
+    kind = KINDS[_kind(facts)]
+    arrays = {role: views[f"{role}/{name}"] for role in kind.roles if f"{role}/{name}" in views}
+    return kind.of(tuple(facts["shape"]), arrays, shared)
 
 
 def read_expert(path: Path) -> Expert:

@@ -61,9 +61,12 @@ class Part:
         return 1
 
     def moved(self, move: Callable[[Array], Array]) -> "Part":
-        """The same with `move` called on each array."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shape"}
-        return replace(self, **{name: move(array) for name, array in arrays.items() if array is not None})
+        """The same with `move` called on each array; itself where that changes none."""
+        arrays = {
+            f.name: array for f in fields(self) if f.name != "shape" and (array := getattr(self, f.name)) is not None
+        }
+        found = {name: move(array) for name, array in arrays.items()}
+        return replace(self, **found) if any(found[name] is not array for name, array in arrays.items()) else self
 
     def rows(self, first: int, last: int) -> "Part":
         """Rows first ... last - 1 (slices along the last dimension) as a part of their own; `first` as `grain` says."""
