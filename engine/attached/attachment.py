@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,12 @@ from freemerge.errors import CheckpointError, InputError, listed
 from freemerge.kernels.array import dtype_of
 from freemerge.parts import Part
 
+SAMPLE = 64 << 20  # bytes of a model that are always compared with its checksums
 # What an attached model has beside its own; plain attributes of the instance, so that no state dict knows of them
 ATTRIBUTES = ("use_expert", "routed", "experts", "expert", "detach_experts")
 
 
-def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
+def attach(model: Any, experts: Any, *, verify: bool | None = None) -> Any:
     """Give a model the experts that were merged with its weights, to switch or to route.
 
         freemerge.attach(model, "merged")
@@ -43,7 +44,9 @@ def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
         experts: the folder of the merged model, its folder of experts, one expert's file, the folder of a LoRA adapter
             as PEFT saves it, or an expert in memory (of what merge_state_dicts leaves as `.experts`); a list of such,
             or a mapping that names them.
-        verify: compare the model's tensors with the checksums of the merged model's freemerge.json.
+        verify: which of the model's tensors are compared, byte by byte, with the checksums of the merged model's
+            freemerge.json: all, and their dtypes (True), none (False), or the smallest of those that experts change,
+            64 MiB at most, where the model has them in the dtype of the merge.
 
     Returns:
         `model`.
@@ -55,8 +58,8 @@ def attach(model: Any, experts: Any, *, verify: bool = False) -> Any:
     _check_free(model)
     found = open_experts(experts, model)
     places = found.places(model)
-    if verify:
-        check_backbone(model, found)
+    if verify is not False:
+        check_backbone(model, found, places, everything=bool(verify))
     if same := tied(places):
         found, places = found.renamed(same), {name: place for name, place in places.items() if name not in same}
     Attachment(model, found, places).install()
@@ -76,12 +79,21 @@ def _check_free(model: Any) -> None:
         )
 
 
-def check_backbone(model: Any, found: ExpertSet) -> None:
-    """Raise CheckpointError where the model's tensors are not, byte for byte, those of the backbone's manifest."""
+def check_backbone(model: Any, found: ExpertSet, places: Mapping[str, Place], *, everything: bool) -> None:
+    """Raise CheckpointError where the model's tensors are not, byte for byte, those of the backbone's manifest.
+
+    Args:
+        places: of the tensors that experts change; unless `everything`, a sample of these is looked at.
+    """
     if found.manifest is None:
-        raise InputError(f"verify: there is no freemerge.json beside {found.label} to compare the model with")
+        if everything:
+            raise InputError(f"verify: there is no freemerge.json beside {found.label} to compare the model with")
+        return
     facts = found.manifest["tensors"]
-    places = find_places(model, {name: tuple(f["shape"]) for name, f in facts.items()}, "the backbone")
+    if everything:
+        places = find_places(model, {name: tuple(f["shape"]) for name, f in facts.items()}, "the backbone")
+    else:
+        places = _sample({name: place for name, place in places.items() if name in facts}, facts)
     problems = []
     for name, place in places.items():
         tensor = place.tensor.detach()
@@ -91,7 +103,19 @@ def check_backbone(model: Any, found: ExpertSet) -> None:
         elif checksum(flat_bytes(from_torch(tensor.cpu()))) != facts[name]["checksum"]:
             problems.append(f"{name}: other numbers than the backbone's")
     if problems:
-        raise CheckpointError(listed(problems, "Load the model from the merged folder.", outcome="nothing was changed"))
+        remedy = "Load the model from the merged folder; with verify=False, experts are attached to what is there."
+        raise CheckpointError(listed(problems, remedy, outcome="nothing was changed"))
+
+
+def _sample(places: Mapping[str, Place], facts: Mapping[str, Any]) -> dict[str, Place]:
+    """The smallest tensors that may be compared, SAMPLE bytes of them at most, but one."""
+    found, left = {}, SAMPLE
+    for name, place in sorted(places.items(), key=lambda item: item[1].tensor.nbytes):
+        tensor = place.tensor
+        if NAMES[dtype_of(tensor)] == facts[name]["dtype"] and (not found or tensor.nbytes <= left):
+            found[name] = place
+            left -= tensor.nbytes
+    return found
 
 
 class Attachment:

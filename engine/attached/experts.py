@@ -56,7 +56,7 @@ class ExpertSet:
 
     def find(self, name: str) -> Any:
         """Raises InputError naming the nearest there is."""
-        if name in self.experts:
+        if isinstance(name, str) and name in self.experts:
             return self.experts[name]
         raise InputError(unknown(name, tuple(self.experts)))
 

@@ -19,7 +19,7 @@ def load(
     dtype: Any = None,
     model_class: Any = None,
     experts: Any = None,
-    verify: bool = False,
+    verify: bool | None = None,
     **options: Any,
 ) -> Any:
     """The model of a merged folder, ready to run, with its experts attached (see `attach`).
@@ -36,7 +36,7 @@ def load(
             whose state dict the checkpoint's tensors go into. The class that config.json names, unless given.
         experts: what is attached, see `attach`: adapters, or a list of the folder itself and adapters; the experts of
             the folder unless given.
-        verify: compare the loaded tensors with the checksums written at the merge.
+        verify: how many of the loaded tensors are compared with the checksums written at the merge, see `attach`.
         options: passed on to `from_pretrained`, or to the callable.
 
     Raises:

@@ -15,6 +15,9 @@ from freemerge.checkpoint.bare_adapter import WEIGHTS
 from freemerge.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from freemerge.errors import CheckpointError, InputError, ShapeError, gathered, listed
 from freemerge.experts.sidecar import read_expert
+from freemerge.kernels.all_finite import all_finite
+from freemerge.kernels.array import is_float, is_tensor
+from freemerge.parts import Rows
 
 FOLDER, GIVEN = "experts", "the experts given"
 
@@ -103,16 +106,20 @@ def _from_files(source: Path) -> ExpertSet:
     if not paths:
         raise InputError(f"{source} holds no experts; give a merged model, its folder {FOLDER}, or an adapter of PEFT")
     manifest = read_manifest(folder.parent) if (folder.parent / MANIFEST).exists() else None
-    problems, experts = _changed_files(paths, folder.parent, manifest), []
+    problems, experts = _changed_files(paths, folder.parent, manifest), {}
     if not problems:
         for path in paths:
             try:
-                experts.append(read_expert(path))
+                expert = read_expert(path)
             except CheckpointError as error:
                 problems += getattr(error.args[0], "listed", [str(error)])
+                continue
+            if expert.name in experts:
+                problems.append(f"{path}: is {expert.name!r}, as {experts[expert.name].path} is")
+            experts[expert.name] = expert
     if problems:
         raise CheckpointError(listed(problems, "Copy the files again, or merge again.", outcome="nothing was changed"))
-    return ExpertSet(str(source), {expert.name: expert for expert in experts}, manifest)
+    return ExpertSet(str(source), experts, manifest)
 
 
 def _changed_files(paths: Sequence[Path], merged: Path, manifest: Mapping | None) -> list[str]:
@@ -122,6 +129,8 @@ def _changed_files(paths: Sequence[Path], merged: Path, manifest: Mapping | None
 
 def _checked(found: ExpertSet) -> ExpertSet:
     problems = [*_other_backbones(found), *_other_shapes(found.experts), *_broken_rows(found.experts)]
+    if not found.manifest and not problems:  # with one, checksums have told
+        problems += _odd_numbers(found.experts)
     if problems:
         raise CheckpointError(
             listed(problems, "Attach the experts of one merge, as it wrote them.", outcome="nothing was changed")
@@ -132,9 +141,9 @@ def _checked(found: ExpertSet) -> ExpertSet:
 def _other_backbones(found: ExpertSet) -> list[str]:
     backbones = {n: e.metadata.get("backbone") for n, e in found.experts.items() if not isinstance(e, AdapterExpert)}
     expected = found.manifest["backbone"] if found.manifest else next(iter(backbones.values()), None)
-    where = "the model beside it" if found.manifest else "the others"
+    where = "the model beside it is" if found.manifest else "the others are for"
     return [
-        f"{name}: made for the backbone {backbone}, {where} is {expected}"
+        f"{name}: made for the backbone {backbone}, {where} {expected}"
         for name, backbone in backbones.items()
         if backbone != expected
     ]
@@ -160,3 +169,21 @@ def _broken_rows(experts: Mapping[str, Any]) -> Iterable[str]:
                 part.check()
             except ShapeError as error:
                 yield f"{name}: {tensor}: {error}"
+
+
+def _odd_numbers(experts: Mapping[str, Any]) -> Iterable[str]:
+    """What no merge writes: NaN, Inf, columns that stand twice (an expert could not be taken out again)."""
+    for name, expert in experts.items():
+        for tensor, part in () if isinstance(expert, AdapterExpert) else expert.tensors.items():
+            arrays: list[Any] = []
+            part.moved(lambda array, seen=arrays: seen.append(array) or array)
+            arrays = [array for array in arrays if not is_tensor(array)]
+            if not all(all_finite(np.ascontiguousarray(array)) for array in arrays if is_float(array.dtype)):
+                yield f"{name}: {tensor} has NaN or Inf"
+            if isinstance(part, Rows) and not is_tensor(part.columns) and not _ascending(part):
+                yield f"{name}: the columns of a row of {tensor} do not ascend"
+
+
+def _ascending(rows: Rows) -> bool:
+    falls = np.flatnonzero(rows.columns[1:] <= rows.columns[:-1]) + 1
+    return bool(np.isin(falls, rows.offsets).all())

@@ -278,7 +278,7 @@ def _problems(header: Header) -> list[str]:
     try:
         facts = json.loads(metadata["tensors"])
         expected = {
-            name: (_kind(fact), tuple(map(int, fact["shape"])), float(fact["scale"])) for name, fact in facts.items()
+            name: (_kind(fact), tuple(map(int, fact["shape"])), fact["scale"] + 0.0) for name, fact in facts.items()
         }
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return [*problems, "metadata do not describe its tensors"]

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -342,8 +344,6 @@ def test_forwards_that_waited_for_a_switch_are_next():
 
 
 def test_experts_of_another_backbone_are_refused(merged, model, tmp_path):
-    import shutil
-
     folder = shutil.copytree(merged, tmp_path / "copy")
     manifest = json.loads((folder / "freemerge.json").read_bytes())
     (folder / "freemerge.json").write_text(json.dumps(manifest | {"backbone": "f" * 32}))
@@ -367,10 +367,75 @@ def test_the_models_own_weights_are_compared_where_asked_for(merged, model):
     assert not hasattr(model, "use_expert")
 
 
+def test_another_model_than_the_backbone_is_refused_unless_asked_for(merged):
+    base = merged.parent / "base"
+    load = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained
+    model = load(base, dtype="auto")
+    with pytest.raises(CheckpointError, match=r"input_layernorm\.weight: other numbers than the backbone's"):
+        freemerge.attach(model, merged)
+    assert not hasattr(model, "use_expert")
+    for other, verify in ((model, False), (load(base, dtype=torch.float32), None)):  # other dtypes have no checksums
+        freemerge.attach(other, merged, verify=verify)
+
+
+def test_a_sample_is_the_smallest_tensors_that_fit(merged, model, monkeypatch):
+    from freemerge.attached import attachment
+
+    model.detach_experts()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3] += 1
+    monkeypatch.setattr(attachment, "SAMPLE", 100)
+    freemerge.attach(model, merged).detach_experts()
+    monkeypatch.setattr(attachment, "SAMPLE", 1 << 20)
+    with pytest.raises(CheckpointError, match=r"^1 problem.*\n.*up_proj\.weight: other numbers"):
+        freemerge.attach(model, merged)
+
+
+def rewritten(path, change):
+    """An expert's file with another header or other bytes: change(header, tensors, body)."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    tensors = json.loads(header["__metadata__"]["tensors"])
+    change(header, tensors, body)
+    header["__metadata__"]["tensors"] = json.dumps(tensors)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def with_values(role, change):
+    def edit(header, tensors, body):
+        entry = header[f"{role}/model.layers.0.mlp.up_proj.weight"]
+        first, last = entry["data_offsets"]
+        array = np.frombuffer(bytes(body[first:last]), {"F32": np.float32, "U16": np.uint16}[entry["dtype"]]).copy()
+        change(array)
+        body[first:last] = array.tobytes()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_values("values", lambda a: a.__setitem__(3, np.nan)), r"up_proj\.weight has NaN or Inf"),
+        (with_values("columns", lambda a: a.__setitem__(slice(None), a[::-1].copy())), "columns of a row of .* ascend"),
+        (lambda h, t, b: h["__metadata__"].update(expert="code"), "is 'code', as .*code.safetensors is"),
+        (lambda h, t, b: h["__metadata__"].update(backbone="f" * 32), "the others are for"),
+        (lambda h, t, b: t["lm_head.weight"].update(scale="2"), "metadata do not describe its tensors"),
+        (lambda h, t, b: t["lm_head.weight"].update(scale=float("inf")), "has the scale inf"),
+    ],
+)
+def test_what_no_merge_writes_is_refused_where_no_checksum_tells(merged, model, tmp_path, change, message):
+    folder = shutil.copytree(merged / "experts", tmp_path / "copy")
+    rewritten(folder / "math.safetensors", change)
+    model.detach_experts()
+    with pytest.raises(CheckpointError, match=message):
+        freemerge.attach(model, folder)
+    assert not hasattr(model, "use_expert")
+
+
 @pytest.mark.parametrize("how", ["truncated", "tampered", "header"])
 def test_damaged_files_are_refused(merged, model, tmp_path, how):
-    import shutil
-
     folder = shutil.copytree(merged, tmp_path / "copy")
     path = folder / "experts" / "math.safetensors"
     content = bytearray(path.read_bytes())
