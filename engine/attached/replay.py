@@ -39,11 +39,12 @@ def twin_of(module: Any, tensors: Tensors) -> Any:
 
 def run(twin: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Its forward, past the hooks of the module itself."""
-    if "forward" in vars(twin):
-        raise InputError(
-            f"the forward of a {type(twin).__name__} was replaced on the instance (by accelerate, say), and experts "
-            "touch tensors of its own: it cannot be routed"
-        )
+    torch = sys.modules["torch"]
+    why = "its forward was replaced on the instance (by accelerate, say)" if "forward" in vars(twin) else None
+    if any(isinstance(value, torch.Tensor) for value in vars(twin).values()) and twin._forward_pre_hooks:
+        why = "a hook makes its weights before each call (torch.nn.utils.weight_norm; parametrizations do so, too)"
+    if why:
+        raise InputError(f"a {type(twin).__name__} of whose own tensors experts touch some cannot be routed: {why}")
     return type(twin).forward(twin, *args, **kwargs)
 
 
@@ -72,6 +73,8 @@ def put_rows(output: Any, part: Any, rows: Any, n: int, where: str) -> Any:
             whole = whole.expand(n, *whole.shape[1:])
         # of one row for all: the part's row is that of each of its rows
         some = some.expand(len(rows), *some.shape[1:]) if some.shape[0] == 1 else some
+        if some.shape[1:] != whole.shape[1:]:
+            raise InputError(f"{where} answers {list(whole.shape)} for all rows, {list(some.shape)} for {len(rows)}")
         return whole.index_copy(0, rows, some.to(whole.dtype))
 
     return _map(put, output, part)

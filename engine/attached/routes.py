@@ -23,7 +23,7 @@ from freemerge.parts import Part, Rows
 
 Path = tuple[str, ...]
 RMS_NORMS = ("RMSNorm", "T5LayerNorm")  # how the classes of transformers end
-_ALONE = "run such experts one after the other, with use_expert"
+ALONE = "run such experts one after the other, with use_expert"
 
 
 class Route(ABC):
@@ -142,7 +142,7 @@ class EmbeddingRoute(Route):
         if len(ids) not in (rows, rows * (assignment.tokens or 1)):
             raise InputError(
                 f"{self.label} looks up {list(ids.shape)}, neither the {rows} rows of the batch nor positions "
-                f"that they share; {_ALONE}"
+                f"that they share; {ALONE}"
             )
         return False
 
@@ -222,7 +222,7 @@ class ReplayRoute(Route):
             raise InputError(f"{self.label} is called without a tensor: its own tensors cannot be routed")
         _check_mask(module, args, kwargs, self.label)
         replay.check_stateless(args, kwargs, self.label)
-        n = len(x) if len(x) == 1 else len(_rows_first(work, x, self.label))
+        n = len(x) if not x.is_nested and len(x) == 1 else len(_rows_first(work, x, self.label))
         index = self.mixture_of_rows(work, n)
         shared = n == 1 < len(index)
         for u, mixture in enumerate(work.mixtures):
@@ -356,14 +356,16 @@ def _input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 def _rows_first(work: Work, x: Any, label: str) -> Any:
     """`x`. Raises InputError where the rows are not in its first dimension, as far as that can be told."""
+    if x.is_nested:
+        raise InputError(f"{label} was given a nested tensor; make its encoder with enable_nested_tensor=False")
     assignment, shape = work.assignment, list(x.shape)
     assignment.check_input(shape, label)
     if assignment.rows == 1:
         return x
     if assignment.tokens is None and len(shape) > 2 and shape[1] == assignment.rows != shape[0]:
-        raise InputError(f"{label} was given {shape}, whose rows seem to be in the second dimension; {_ALONE}")
+        raise InputError(f"{label} was given {shape}, whose rows seem to be in the second dimension; {ALONE}")
     if _is_parameter(x):
-        raise InputError(f"{label} was given a parameter of the model, {shape}, the same for all rows; {_ALONE}")
+        raise InputError(f"{label} was given a parameter of the model, {shape}, the same for all rows; {ALONE}")
     return x
 
 

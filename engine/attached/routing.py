@@ -16,7 +16,7 @@ from freemerge.attached.direct import taken_directly
 from freemerge.attached.gated import GatedLayers
 from freemerge.attached.gates import Gates
 from freemerge.attached.position_bias import EMBEDDING, PositionBiasRoute, computes_bias
-from freemerge.attached.routes import Hook, ReplayRoute, Route, route_for
+from freemerge.attached.routes import ALONE, Hook, ReplayRoute, Route, route_for
 from freemerge.errors import InputError, listed
 
 BATCHES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
@@ -181,6 +181,10 @@ def make_routes(attachment: Any) -> list[tuple[Any, Route]]:
         own = names.get(id(module), {})
         children = {child: id(module.get_submodule(".".join(child))) for child in taken[id(module)]}
         maybe = {child: routes[key] for child, key in children.items() if key in routes}
+        if own and isinstance(module, nn.RNNBase):
+            raise InputError(
+                f"{path or 'the model'}: the states of a {type(module).__name__} have rows second; {ALONE}"
+            )
         if own or maybe:
             label = f"{path or 'the model'} ({type(module).__name__})"
             routes[id(module)] = _route(attachment, module, label, own, maybe)

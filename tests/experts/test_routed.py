@@ -11,6 +11,7 @@ from parts_of_kinds import experts_for
 from torch import nn
 
 import freemerge
+from freemerge.attached.direct import taken_directly
 from freemerge.attached.routes import EmbeddingRoute, LinearRoute, NormRoute, ReplayRoute, RmsNormRoute, route_for
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, InputError
@@ -247,6 +248,44 @@ def test_tokens_with_experts_of_their_own():
                 torch.testing.assert_close(flat.view(6, 7, 8), model[1](model[0](IDS)))
         with model.routed(names), pytest.raises(InputError, match="6 rows of 7 tokens"):
             model(IDS[:, :3])
+
+
+class Passing(nn.Module):
+    """Takes weights of its children past them, each in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer, self.other = nn.Embedding(160, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(8))])
+        self.fast = True
+
+    def forward(self, x):
+        x = self.layer(self.embed(x)) * self.scales[0]
+        x = nn.functional.linear(x, self.other.weight, self.other.bias) if self.fast else self.other(x)
+        return x @ self.embed.weight.T.to(self.layer.weight.dtype)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_taken_past_their_modules(fast):
+    model = attached(Passing())
+    model.fast = fast
+    assert_routed(model, IDS)
+    assert taken_directly(model) == {("embed",): True, ("other",): False, ("scales",): True}
+    assert taken_directly(nn.MultiheadAttention(8, 2)) == {("out_proj",): True}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of weight_norm and nested tensors
+def test_modules_that_cannot_be_run_again_say_why():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    padding = torch.tensor([[False] * 4 + [True] * 3, [False] * 7])
+    for model, message, options in (
+        (nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 4))), "a hook makes its weights before each call", {}),
+        (nn.Sequential(nn.LSTM(8, 4, batch_first=True)), "0: the states of a LSTM have rows second", {}),
+        (nn.TransformerEncoder(layer, 1), "enable_nested_tensor=False", {"src_key_padding_mask": padding}),
+    ):
+        attached(model)
+        with torch.no_grad(), pytest.raises(InputError, match=message), model.routed(["a", "b"]):
+            model(torch.ones(2, 7, 8), **options)
 
 
 def test_a_convolution_mixes_tokens():
