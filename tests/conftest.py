@@ -1,8 +1,14 @@
-"""Before anything imports Triton: without a GPU its interpreter runs the kernels of kernels/triton."""
+"""Before anything imports torch or Triton: torch's threads, and Triton's interpreter where there is no GPU."""
+
+import os
 
 import pytest
 
 from freemerge.testing import interpret_triton
+
+# Models in tests are small: several of torch's threads wait for one another longer than they work (ten times, where
+# other tests run beside them)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
