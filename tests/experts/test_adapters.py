@@ -295,7 +295,7 @@ def test_a_name_stands_for_one_expert(trained, merged, tmp_path):
         freemerge.attach(new_model("llama"), {"all": merged})
 
 
-@pytest.mark.parametrize("nothing", [{}, [], (), iter(())], ids=str)
+@pytest.mark.parametrize("nothing", [{}, [], (), iter(())], ids=lambda nothing: type(nothing).__name__)
 def test_no_experts_at_all(nothing):
     model = new_model("llama")
     with pytest.raises(InputError, match="there are no experts; give a merged model, its folder experts, or adapters"):
