@@ -17,12 +17,14 @@ class Assignment:
     """Weights of experts.
 
     Args:
-        weights: float32 [rows, E], or [rows, tokens, E] where each token has its own; finite. One row holds for all.
+        weights: float32 [rows, E], or [rows, tokens, E] where each token has its own; finite.
         copies: rows of the batch that follow one another and share a row of weights (the beams of a prompt).
+        for_all: whether the one row there is holds for all of any batch.
     """
 
     weights: np.ndarray
     copies: int = 1
+    for_all: bool = False
 
     @property
     def rows(self) -> int:
@@ -43,11 +45,12 @@ class Assignment:
 
     def check_batch(self, rows: int) -> None:
         """Raise InputError where a batch has another number of rows."""
-        if self.rows not in (1, rows):
+        expected = len(self.weights) * self.copies
+        if rows != expected and not self.for_all:
             copies = f" with {self.copies} copies each" if self.copies > 1 else ""
             raise InputError(
                 f"the assignment is for {len(self.weights)} rows{copies}, the batch has {rows}"
-                + ("; where a prompt has several beams or sequences, say copies=..." if rows % self.rows == 0 else "")
+                + ("; where a prompt has several beams or sequences, say copies=..." if rows % expected == 0 else "")
             )
 
     def check_input(self, shape: Sequence[int], where: str) -> None:
@@ -81,7 +84,7 @@ def read_assignment(given: Any, experts: Sequence[str], copies: int = 1) -> Assi
     if type(copies) is not int or copies < 1:
         raise InputError(f"copies {copies!r}: a whole number of at least 1")
     if given is None or isinstance(given, (str, Mapping)):
-        given = [given]
+        return Assignment(_from_names([given], experts), copies, for_all=True)
     if isinstance(given, np.ndarray) and given.dtype.kind in "OU":  # names
         given = given.tolist()
     if isinstance(given, np.ndarray) or is_torch(given):

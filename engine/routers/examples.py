@@ -87,9 +87,14 @@ def _batches(data: Any, labels: Sequence | None) -> Iterable[tuple[np.ndarray, l
 
 def _matrix(features: Any) -> np.ndarray:
     features = from_torch(features.detach().float().cpu()) if is_torch(features) else np.asarray(features)
-    if features.ndim != 2 or features.dtype == object:
-        raise InputError(f"features are {list(features.shape)}, expected are [rows, width] numbers")
+    if features.ndim != 2 or not is_numbers(features.dtype):
+        raise InputError(f"features are {list(features.shape)} of {features.dtype}, expected are [rows, width] numbers")
     return features.astype(np.float32, copy=False)
+
+
+def is_numbers(dtype: np.dtype) -> bool:
+    """Whether arrays of it become float32: bfloat16 is of kind V."""
+    return dtype.kind in "biufV" and dtype.names is None
 
 
 def _plain(labels: Any) -> list:

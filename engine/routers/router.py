@@ -14,7 +14,7 @@ from freemerge.errors import InputError
 from freemerge.kernels.array import Array
 from freemerge.routers.assignment import Assignment, checked_names, choose, shown_rows, spread
 from freemerge.routers.calibration import Calibration, calibrate, softmax
-from freemerge.routers.examples import indices_of
+from freemerge.routers.examples import indices_of, is_numbers
 from freemerge.routers.features import LAST_HIDDEN_MEAN, LastHiddenMean
 
 
@@ -198,8 +198,12 @@ def checked_features(features: Any, width: int) -> Array:
         features = from_torch(features) if features.device.type == "cpu" else features
     else:
         features = np.asarray(features)
-        features = features.astype(np.float32) if features.dtype != object else features
-    if features.ndim != 2 or features.shape[1] != width or features.dtype == object:
+        if not is_numbers(features.dtype):
+            raise InputError(
+                f"features are {list(features.shape)} of {features.dtype}, expected are [rows, {width}] numbers"
+            )
+        features = features.astype(np.float32)
+    if features.ndim != 2 or features.shape[1] != width:
         raise InputError(f"features are {list(features.shape)}, expected are [rows, {width}] numbers")
     finite = (features.isfinite() if is_torch(features) else np.isfinite(features)).all(1)
     if not bool(finite.all()):

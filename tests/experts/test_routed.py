@@ -448,6 +448,21 @@ def test_batches_of_another_size_are_refused_before_anything_runs():
     assert not ran
 
 
+def test_one_row_is_not_all_rows():
+    model = attached(nn.Sequential(nn.Linear(3, 2)))
+    with torch.no_grad():
+        for one in (["a"], [0], np.array([[1, 0, 0]], np.float32), lambda batch: ["a"]):
+            with model.routed(one):
+                found = model(torch.ones(1, 3))
+                with pytest.raises(InputError, match="for 1 rows, the batch has 4"):
+                    model(torch.ones(4, 3))
+            with model.routed(one, copies=4):
+                torch.testing.assert_close(model(torch.ones(4, 3)), found.expand(4, 2))
+        for every in ("a", {"a": 1}, lambda batch: "a"):
+            with model.routed(every):
+                torch.testing.assert_close(model(torch.ones(4, 3)), found.expand(4, 2))
+
+
 def test_what_cannot_be_told_apart_by_rows_is_refused():
     model = attached(nn.Sequential(nn.LSTM(4, 4)))
     with pytest.raises(InputError, match="a LSTM with batch_first=False"), model.routed("a"):

@@ -591,6 +591,7 @@ def test_a_function_is_not_saved(tmp_path):
     [
         (np.zeros((2, WIDTH + 1)), r"features are \[2, 13\], expected are \[rows, 12\]"),
         (np.zeros(WIDTH), r"features are \[12\]"),
+        ([["a"] * WIDTH], r"features are \[1, 12\] of <U1, expected are \[rows, 12\] numbers"),
         (np.full((2, WIDTH), np.nan), "features of rows 0, 1 are NaN or Inf"),
         (torch.tensor([[0.0] * WIDTH, [float("inf")] * WIDTH]), "features of row 1 are NaN or Inf"),
     ],
