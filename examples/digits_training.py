@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from heads import linear_head
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -163,15 +163,9 @@ def train_base(images: Tensor, *, steps: int, seed: int = 0) -> Encoder:
 
 @torch.no_grad()
 def fit_head(base: Encoder, task: Task, images: Tensor, labels: Tensor) -> nn.Linear:
-    """A linear classifier of the base's features for `task`; frozen, it is the same for every model compared."""
+    """A linear classifier of the base's features for `task`."""
     inputs, targets = task(images, labels, torch.Generator().manual_seed(0))
-    fitted = LogisticRegression(max_iter=2000).fit(base(inputs).numpy(), targets.numpy())
-    weight, bias = torch.tensor(fitted.coef_).float(), torch.tensor(fitted.intercept_).float()
-    if len(fitted.classes_) == 2:  # scikit-learn keeps the second class's logit only
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    head = nn.Linear(weight.shape[1], len(weight)).requires_grad_(False)
-    head.load_state_dict({"weight": weight, "bias": bias})
-    return head
+    return linear_head(base(inputs), targets)
 
 
 def fine_tune(
