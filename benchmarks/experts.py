@@ -14,6 +14,7 @@ decoder         the 1.1 B Llama, float32: one token of each of 32 rows, as in ge
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -74,9 +75,9 @@ def mixed_batch(model, tokens: int, folder: Path) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    model = attached(model)
-    path = folder / "model.safetensors"
+    path, other = folder / "model.safetensors", copy.deepcopy(model)
     save_file(model.state_dict(), path)
+    model = attached(model)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (ROWS, tokens)))
     assignment = [model.experts[row % EXPERTS] for row in range(ROWS)]
     groups = {name: [row for row, own in enumerate(assignment) if own == name] for name in model.experts}
@@ -85,7 +86,7 @@ def mixed_batch(model, tokens: int, folder: Path) -> dict[str, float]:
         with model.routed(assignment):
             return model(ids).last_hidden_state
 
-    def one_after_the_other(change: Callable[[str], object]):
+    def one_after_the_other(model, change: Callable[[str], object]):
         answer = torch.empty(ROWS, tokens, model.config.hidden_size)
         for name, rows in groups.items():
             change(name)
@@ -93,12 +94,12 @@ def mixed_batch(model, tokens: int, folder: Path) -> dict[str, float]:
         return answer
 
     def switched():
-        answer = one_after_the_other(model.use_expert)
+        answer = one_after_the_other(model, model.use_expert)
         model.use_expert(None)
         return answer
 
     def swapped():  # from files in the page cache; which of them takes the same time, so all are the backbone's
-        return one_after_the_other(lambda name: model.load_state_dict(load_file(path)))
+        return one_after_the_other(other, lambda name: other.load_state_dict(load_file(path)))
 
     with torch.inference_mode():
         torch.testing.assert_close(routed(), switched(), rtol=1e-3, atol=1e-3)  # many layers in float32

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from freemerge.attached.experts import ExpertSet
-from freemerge.attached.in_place import Changed, Room, put_all, restore_all
+from freemerge.attached.in_place import Changed, Room, Versions, put_all, restore_all
 from freemerge.attached.lock import WeightsLock, uninterrupted
 from freemerge.attached.opening import open_experts
 from freemerge.attached.places import Place, find_places, tied
@@ -125,7 +125,7 @@ class Attachment:
         self.model, self.found, self.places = model, found, places
         self._lock = WeightsLock()
         self._in_place: list[Changed] = []
-        self._room = Room()
+        self._room, self.versions = Room(), Versions()
         self.derived, self._routing = _routing(self)
         self._hooks: list = []
 
@@ -155,10 +155,10 @@ class Attachment:
             self._synchronize()
             before = self.model.expert
             try:
-                restore_all(self._in_place)
+                restore_all(self._in_place, self.versions)
                 self._put(name)
             except BaseException:
-                restore_all(self._in_place)
+                restore_all(self._in_place, self.versions)
                 self._put(before)
                 raise
             finally:
@@ -170,7 +170,7 @@ class Attachment:
         if name is not None:
             expert = self.found.experts[name]
             parts = [(self.places[t], self.part(name, t), expert.scale(t)) for t in expert.tensors]
-            self._in_place = put_all(parts, self._room)
+            self._in_place = put_all(parts, self._room, self.versions)
             self.model.expert = name
 
     def part(self, expert: str, tensor: str) -> Part:
@@ -242,7 +242,7 @@ class Attachment:
         twin.places = {name: _copied(place, memo) for name, place in self.places.items()}
         twin._lock = WeightsLock()
         twin._in_place = [Changed(_copied(c.place, memo), c.part, c.kept.clone()) for c in self._in_place]
-        twin._room = Room()
+        twin._room, twin.versions = Room(), Versions()
         twin.derived, twin._routing = _routing(twin)
         twin._hooks = copy.deepcopy(self._hooks, memo)
         return twin

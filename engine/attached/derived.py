@@ -79,7 +79,7 @@ class Derived:
         return changed(tensor, [(part, scale * weight) for (part, scale), weight in parts])
 
     def _while_it_stays(self, key: tuple, tensor: Any, work_out: Callable[[], Any]) -> Any:
-        state = tensor.device, tensor.dtype, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+        state = tensor.device, tensor.dtype, tensor.data_ptr(), self._attachment.versions.of(tensor)
         kept = self._kept.get(key)
         if kept is None or kept[0] != state:
             kept = self._kept[key] = state, work_out()

@@ -22,14 +22,18 @@ class Changed:
     Args:
         part: where the tensor lay.
         kept: a torch tensor: the entries of sparse rows, or the whole tensor for a part that touches all of it.
+        before: Versions.of the tensor at that time. after: its count of writes with the part in it.
     """
 
     place: Place
     part: Part
     kept: Any
+    before: int | None = None
+    after: int | None = None
 
-    def restore(self) -> None:
+    def restore(self, versions: "Versions") -> None:
         tensor = self.place.tensor
+        untouched = writes(tensor) == self.after
         kept = self.kept.to(tensor.device, tensor.dtype)  # the model may have been moved meanwhile
         if isinstance(self.part, Rows):
             with memory_of(tensor) as array:
@@ -37,6 +41,24 @@ class Changed:
         else:
             with written(tensor):
                 tensor.detach().copy_(kept)
+        if untouched:
+            versions.restored(tensor, self.before)
+
+
+class Versions:
+    """Which numbers a tensor holds, by autograd's count of writes to it: equal after a switch there and back."""
+
+    def __init__(self):
+        self._restored: dict[int, tuple[int | None, int | None]] = {}
+
+    def of(self, tensor: Any) -> int | None:
+        """None for an inference tensor, whose writes nobody counts."""
+        now, before = self._restored.get(tensor.data_ptr(), (None, None))
+        return before if writes(tensor) == now else writes(tensor)
+
+    def restored(self, tensor: Any, before: int | None) -> None:
+        """It holds again what it held as `before`."""
+        self._restored[tensor.data_ptr()] = writes(tensor), before
 
 
 class Room:
@@ -66,13 +88,14 @@ class Room:
         return self._blocks[key][first : first + count]
 
 
-def put(place: Place, part: Part, scale: float, room: Room) -> Changed:
+def put(place: Place, part: Part, scale: float, room: Room, versions: Versions) -> Changed:
     """Write round( tensor + scale * part ) to the model's tensor; of sparse rows, only the entries are touched.
 
     Args:
         part: where the tensor lies.
     """
     tensor = place.tensor
+    before = versions.of(tensor)
     if isinstance(part, Rows):
         kept = room.take(part.count, tensor)
         with memory_of(tensor) as array:
@@ -81,26 +104,26 @@ def put(place: Place, part: Part, scale: float, room: Room) -> Changed:
         kept = tensor.detach().clone()
         with memory_of(tensor) as array:
             part.apply(array, scale, out=array)
-    return Changed(place, part, kept)
+    return Changed(place, part, kept, before, writes(tensor))
 
 
-def put_all(parts: Sequence[tuple[Place, Part, float]], room: Room) -> list[Changed]:
+def put_all(parts: Sequence[tuple[Place, Part, float]], room: Room, versions: Versions) -> list[Changed]:
     """Put all of them; where one fails, none."""
     room.clear((place.tensor, part.count) for place, part, _ in parts if isinstance(part, Rows))
     done: list[Changed] = []
     try:
         for place, part, scale in parts:
-            done.append(put(place, part, scale, room))
+            done.append(put(place, part, scale, room, versions))
     except BaseException:
-        restore_all(done)
+        restore_all(done, versions)
         raise
     return done
 
 
-def restore_all(changed: Iterable[Changed]) -> None:
+def restore_all(changed: Iterable[Changed], versions: Versions) -> None:
     """May be called again where it failed half-way."""
     for item in changed:
-        item.restore()
+        item.restore(versions)
 
 
 @contextmanager
@@ -114,6 +137,11 @@ def memory_of(tensor) -> Iterator[Array]:
             copy = plain.resolve_neg().clone(memory_format=sys.modules["torch"].contiguous_format)
             yield as_array(copy)
             plain.copy_(copy)
+
+
+def writes(tensor: Any) -> int | None:
+    """Autograd's count, which it does not keep for inference tensors."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @contextmanager

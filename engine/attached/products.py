@@ -178,11 +178,13 @@ def _float32(array: Array) -> Array:
 
 def _share(weights: Array, expert: int, n: int, device) -> tuple[Any, Any]:
     """The tokens that use an expert, and how much."""
-    torch = sys.modules["torch"]
-    column = as_tensor(weights[:, expert]).to(device)
+    column, each = weights[:, expert], n // len(weights)
+    if not is_tensor(column):
+        groups = np.flatnonzero(column)
+        mine, share = (groups[:, None] * each + np.arange(each)).reshape(-1), np.repeat(column[groups], each)
+        return as_tensor(mine).to(device), as_tensor(share).to(device)
     groups = column.nonzero()[:, 0]
-    each = n // len(column)
-    mine = (groups[:, None] * each + torch.arange(each, device=device)).reshape(-1)
+    mine = (groups[:, None] * each + sys.modules["torch"].arange(each, device=device)).reshape(-1)
     return mine, column[groups].repeat_interleave(each)
 
 

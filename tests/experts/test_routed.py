@@ -504,3 +504,39 @@ def test_from_a_merged_model(tmp_path):
     model = freemerge.load(merged_llama(tmp_path, dtype=BFLOAT16), dtype="float32")
     assert_routed(model, IDS[:4], assignment=["math", None, "code", "law"], call=logits)
     assert model.experts == tuple(sorted(EXPERTS))
+
+
+@pytest.mark.parametrize("kind", ["rows", "replace"])
+def test_what_follows_from_the_weights_lasts_through_a_switch_and_no_longer(monkeypatch, kind):
+    """Biases with each expert and entries that replace are worked out once, and anew where somebody trains."""
+    from freemerge.attached import derived
+
+    worked_out = []
+    for name in ("changed", "additive"):
+        work_out = getattr(derived, name)
+        monkeypatch.setattr(derived, name, lambda *a, work_out=work_out: worked_out.append(1) or work_out(*a))
+    model = attached(nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16)), kind)
+    x = torch.randn(6, 3, 12)
+    assert_routed(model, x)
+    assert worked_out
+    worked_out.clear()
+    assert_routed(model, x)
+    with torch.no_grad():
+        for name in model.experts:  # one for another
+            model.use_expert(name)
+        model.use_expert(None)
+    assert_routed(model, x)
+    assert not worked_out
+    with torch.no_grad():
+        model[0].bias += 1
+        model[1].weight *= 2
+    assert_routed(model, x)
+    assert worked_out
+    model.use_expert("a")
+    with torch.no_grad():  # what an expert's entries replace is restored, the rest stays written
+        model[0].weight += 1
+        model[1].bias -= 1
+    model.use_expert(None)
+    worked_out.clear()
+    assert_routed(model, x)
+    assert worked_out
