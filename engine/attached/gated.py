@@ -14,7 +14,9 @@ from torch import nn
 
 from freemerge.attached.gates import REMEDY, Gates, GateSet
 from freemerge.attached.products import add_chosen, columns_of
-from freemerge.attached.routes import LinearRoute, Path, ReplayRoute, Route
+from freemerge.attached.replay_route import ReplayRoute
+from freemerge.attached.route import Path, Route
+from freemerge.attached.routes import LinearRoute
 from freemerge.errors import InputError, listed
 from freemerge.kernels.array import Array, is_tensor
 from freemerge.top_k import keep_top_k

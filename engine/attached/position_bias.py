@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from freemerge.attached.active import Work
-from freemerge.attached.routes import ReplayRoute, learns_nothing
+from freemerge.attached.replay_route import ReplayRoute
+from freemerge.attached.route import learns_nothing
 
 EMBEDDING = "relative_attention_bias"
 METHODS = ("compute_bias", "compute_position_bias")

@@ -16,7 +16,9 @@ from freemerge.attached.direct import taken_directly
 from freemerge.attached.gated import GatedLayers
 from freemerge.attached.gates import Gates
 from freemerge.attached.position_bias import EMBEDDING, PositionBiasRoute, computes_bias
-from freemerge.attached.routes import ALONE, Hook, ReplayRoute, Route, route_for
+from freemerge.attached.replay_route import ReplayRoute
+from freemerge.attached.route import ALONE, Hook, Route
+from freemerge.attached.routes import route_for
 from freemerge.errors import InputError, listed
 
 BATCHES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")

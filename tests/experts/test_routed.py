@@ -12,7 +12,8 @@ from torch import nn
 
 import freemerge
 from freemerge.attached.direct import taken_directly
-from freemerge.attached.routes import EmbeddingRoute, LinearRoute, NormRoute, ReplayRoute, RmsNormRoute, route_for
+from freemerge.attached.replay_route import ReplayRoute
+from freemerge.attached.routes import EmbeddingRoute, LinearRoute, NormRoute, RmsNormRoute, route_for
 from freemerge.checkpoint.torch_arrays import to_torch
 from freemerge.errors import CheckpointError, InputError
 from freemerge.kernels.array import BFLOAT16
