@@ -33,7 +33,7 @@ $(VENV)/built: $(VENV)/tools $(SOURCES)
 
 # The files of tests are shared out among the cores.
 test: build
-	$(BIN)/python -P -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -P -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 demo: build
 	$(BIN)/python examples/digits.py

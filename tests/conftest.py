@@ -20,3 +20,9 @@ def _on_the_cpu(monkeypatch, request):
     """Outside tests/gpu `auto` means the CPU, on a machine with a GPU too; also in programs that tests start."""
     if "gpu" not in request.path.parts:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: where several processes share the files, none is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

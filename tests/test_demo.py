@@ -17,6 +17,8 @@ METHODS = ["average", "task_arithmetic", "fr", "free"]
 for package in ("sklearn", "matplotlib", "torch"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

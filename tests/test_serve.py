@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.slow
 for package in ("fastapi", "httpx", "transformers", "uvicorn"):
     pytest.importorskip(package)
 

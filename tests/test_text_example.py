@@ -11,6 +11,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 for package in ("sklearn", "matplotlib", "transformers"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tasks():
