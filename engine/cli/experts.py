@@ -12,7 +12,9 @@ from freemerge.errors import InputError
 from freemerge.sizes import readable_size
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="List, apply or extract the experts of a merged model."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List, apply, compact, join, export or extract the experts of a model.",
 )
 
 
